@@ -1,0 +1,83 @@
+"""Every setting, once. Command-line flags are generated from these fields."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from liushui.errors import ParameterError
+
+DType = Literal["auto", "float32", "bfloat16"]
+Policy = Literal["continuous", "static"]
+Kernels = Literal["auto", "native", "torch"]
+Numerics = Literal["invariant", "fast"]
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine. `validate()` raises `ParameterError` naming the field."""
+
+    model: str = "smollm2"
+    """Alias (see `liushui models`), Hugging Face name, local folder, or GGUF file."""
+    dtype: DType = "auto"
+    """Arithmetic and KV cache: bfloat16 where the processor has it, else float32."""
+    max_model_len: int | None = None
+    """Longest prompt + answer in tokens. Default: what the model and the KV cache allow."""
+    max_num_seqs: int = 64
+    """Most sequences in the batch at once."""
+    max_num_batched_tokens: int = 512
+    """Most tokens fed in one step; longer prompts enter in chunks."""
+    policy: Policy = "continuous"
+    """continuous: enter and leave at every step. static: gather, enter together, leave together."""
+    kv_cache_gib: float | None = None
+    """Memory for the KV cache in GiB. Default: what the batch can use, within half of the free memory."""
+    block_size: int = 16
+    """Tokens in a KV block."""
+    prefix_caching: bool = True
+    """Reuse the KV blocks of prompts that begin alike."""
+    threads: int | None = None
+    """Threads of the step. Default: the physical cores this process may use."""
+    kernels: Kernels = "auto"
+    """native: the compiled CPU kernels; torch: plain torch; auto: native where it was built."""
+    numerics: Numerics = "invariant"
+    """invariant: answers do not depend on the batch, bit for bit. fast: unconstrained products (to measure)."""
+    seed: int | None = None
+    """Makes the seeds drawn for requests that bring none reproducible."""
+    truncation_side: Side = "left"
+    """The side cut off by truncate_prompt_tokens."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the model's own."""
+
+    def validate(self) -> "EngineConfig":
+        for name, literal in _CHOICES.items():
+            if getattr(self, name) not in get_args(literal):
+                choices = ", ".join(get_args(literal))
+                raise ParameterError(name, f"must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ParameterError(name, f"must be a positive integer, got {value!r}")
+        if self.block_size & (self.block_size - 1) or self.block_size > 256:
+            raise ParameterError("block_size", f"must be a power of two up to 256, got {self.block_size}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ParameterError(
+                "max_num_batched_tokens",
+                f"must be at least max_num_seqs ({self.max_num_seqs}), so that every sequence can advance in "
+                f"a step; got {self.max_num_batched_tokens}",
+            )
+        gib = self.kv_cache_gib
+        if gib is not None and not (isinstance(gib, int | float) and 0 < gib < 1e6):
+            raise ParameterError("kv_cache_gib", f"must be a positive number of GiB, got {gib!r}")
+        return self
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+
+_CHOICES = {
+    "dtype": DType,
+    "policy": Policy,
+    "kernels": Kernels,
+    "numerics": Numerics,
+    "truncation_side": Side,
+}

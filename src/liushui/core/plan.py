@@ -1,0 +1,120 @@
+"""Value types that cross between the scheduler, the runner and the engine."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from liushui.core.request import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """What the runner must know of a sequence once, before its first step."""
+
+    seq_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    stop_token_ids: frozenset[int]
+    """End-of-sequence and stop tokens: not to be chosen before `min_tokens`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanItem:
+    """One sequence's share of a step: positions `start .. start + num_tokens - 1` are fed.
+
+    `token_ids` are the ids known at planning time; if it is one shorter than `num_tokens`, the last id is
+    still in flight: the runner feeds the token it sampled for this sequence in the step before.
+    """
+
+    seq_id: str
+    slot: int
+    """The sequence's place in the batch, 0 .. max_num_seqs - 1, stable while it runs."""
+    start: int
+    num_tokens: int
+    token_ids: tuple[int, ...]
+    block_table: tuple[int, ...]
+    """KV blocks covering at least positions 0 .. start + num_tokens - 1."""
+    samples: bool
+    """Whether the last fed position predicts a new token (False inside a prompt's chunks)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step of the batch. Items in slot-independent order: decodes first, then prompts, by arrival."""
+
+    step_id: int
+    items: tuple[PlanItem, ...]
+    new: tuple[NewSequence, ...] = ()
+    dropped: tuple[str, ...] = ()
+    """Sequences whose runner state may be forgotten before this step (ended since the last plan)."""
+    admitted: tuple[tuple[str, int], ...] = ()
+    """(seq_id, prompt tokens found in the prefix cache) of those that entered the batch in this plan."""
+    preempted: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities of the model itself (before temperature, penalties and truncation)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 is the most likely."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob) of the k most likely, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave. `tokens[seq_id]` are the new token ids of each item that samples."""
+
+    tokens: Mapping[str, Seq[int]]
+    logprobs: Mapping[str, Seq[TokenLogprobs]] = field(default_factory=dict)
+    """Parallel to `tokens`, for sequences that asked."""
+    prompt_logprobs: Mapping[str, Seq[tuple[int, TokenLogprobs]]] = field(default_factory=dict)
+    """(position, logprobs of the prompt token at that position), positions >= 1."""
+    errors: Mapping[str, str] = field(default_factory=dict)
+    """Sequences that cannot go on (for example non-finite logits); all others are unharmed."""
+
+
+class Pending(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult:
+        """Block until the step is done."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs plans: on a device, simulated by a cost model, or scripted by a test."""
+
+    def execute(self, plan: StepPlan) -> Pending:
+        """Start the step and return at once; plans run in the order given."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokensEvent:
+    """New tokens of a sequence; stop tokens are included."""
+
+    seq_id: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """A sequence left the batch. Under the static policy this comes when its whole group is done."""
+
+    seq_id: str
+    reason: FinishReason
+    stop_token_id: int | None = None
+    """The end-of-sequence or stop token that ended it, if one did."""
+
+
+Event = TokensEvent | FinishedEvent
