@@ -1,0 +1,56 @@
+# liushui: everything a newcomer types. Needs Python >= 3.11, a C compiler and the package index; makes .venv.
+#
+#   make demo     answer a file of prompts with continuous batching, then in static batches, and compare
+#   make test     all tests               (ARGS="-k scheduler" to choose)
+#   make lint     ruff, mypy, import-linter and the rules of the house
+#   make bench    the offline benchmark   (ARGS="--help" to see what it can do)
+#   make format   let ruff format the tree
+#
+# Another Python: make test PYTHON=python3.12        Another environment: make test VENV=/tmp/venv
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+
+# What the installed package is made from: when one of these changes, it is installed again.
+INPUTS := pyproject.toml scripts/setup.py $(wildcard setup.py src/liushui/kernels/cpu/*.cpp src/liushui/kernels/cpu/*.h)
+DEV := $(VENV)/.stamp-dev
+DEMO := $(VENV)/.stamp-demo
+
+.PHONY: help demo test lint bench format install clean
+help:
+	@sed -n '3,9s/^# *//p' Makefile
+
+demo: $(DEMO)
+	$(BIN)/liushui demo $(ARGS)
+
+test: $(DEV)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_source.py
+
+bench: $(DEV)
+	$(BIN)/python benchmarks/offline.py $(ARGS)
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(DEV)
+
+# The developer's environment can do all that the demo's can, so it counts as both.
+$(DEV): $(INPUTS)
+	$(PYTHON) scripts/setup.py --venv $(VENV) --extras dev --stamp $(DEV) --stamp $(DEMO)
+
+$(DEMO): $(INPUTS)
+	$(PYTHON) scripts/setup.py --venv $(VENV) --extras plot --stamp $(DEMO)
+
+clean:
+	rm -rf $(VENV) build dist demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src -name '*.so' -o -name '*.dylib' -o -name '*.egg-info' | xargs rm -rf

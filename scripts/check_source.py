@@ -1,0 +1,58 @@
+"""The rules of the house that ruff, mypy and import-linter cannot say. Exit code 1 and one line per breach.
+
+- no file over 500 lines, no function over 60, no class over 20 fields (src/);
+- no pickle, no torch.load, no eval or exec, no trust_remote_code: nothing that runs a model's code.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+FILE_LINES, FUNCTION_LINES, CLASS_FIELDS = 500, 60, 20
+FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "torch.load", "torch.hub.load", "numpy.load", "np.load"}
+
+
+def breaches(path: Path, text: str) -> Iterator[tuple[int, str]]:
+    """(line, what is wrong) for one source file."""
+    lines = text.count("\n")
+    if lines > FILE_LINES:
+        yield 1, f"{lines} lines in a file (limit {FILE_LINES})"
+    for node in ast.walk(ast.parse(text, str(path))):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > FUNCTION_LINES:
+                    yield node.lineno, f"{length} lines in {node.name}() (limit {FUNCTION_LINES})"
+            case ast.ClassDef():
+                fields = sum(isinstance(item, ast.AnnAssign) for item in node.body)
+                if fields > CLASS_FIELDS:
+                    yield node.lineno, f"{fields} fields in class {node.name} (limit {CLASS_FIELDS})"
+            case ast.Import():
+                for alias in node.names:
+                    if alias.name.split(".")[0] in FORBIDDEN_MODULES:
+                        yield node.lineno, f"imports {alias.name}"
+            case ast.ImportFrom(module=str(module)):
+                if module.split(".")[0] in FORBIDDEN_MODULES:
+                    yield node.lineno, f"imports {module}"
+            case ast.Call():
+                if (name := ast.unparse(node.func)) in FORBIDDEN_CALLS:
+                    yield node.lineno, f"calls {name}()"
+                if any(keyword.arg == "trust_remote_code" for keyword in node.keywords):
+                    yield node.lineno, "passes trust_remote_code"
+
+
+def main(folders: list[str]) -> int:
+    count = 0
+    for folder in folders:
+        for path in sorted(Path(folder).rglob("*.py")):
+            for line, what in breaches(path, path.read_text(encoding="utf-8")):
+                print(f"{path}:{line}: {what}")
+                count += 1
+    print(f"check_source: {count} breaches" if count else "check_source: ok")
+    return int(count > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or ["src"]))
