@@ -39,7 +39,7 @@ class EngineConfig:
     kernels: Kernels = "auto"
     """native: the compiled CPU kernels; torch: plain torch; auto: native where it was built."""
     numerics: Numerics = "invariant"
-    """invariant: answers do not depend on the batch, bit for bit. fast: unconstrained products (to measure)."""
+    """invariant: answers do not depend on the batch, bit for bit. fast: vendor products as they come."""
     seed: int | None = None
     """Makes the seeds drawn for requests that bring none reproducible."""
     truncation_side: Side = "left"

@@ -69,7 +69,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < 1e-5  # as vLLM: below that, dividing would overflow
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

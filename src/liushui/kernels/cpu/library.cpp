@@ -1,0 +1,208 @@
+// Threads, scratch memory, the choice of instruction set and the cutting of attention into tasks. Compiled for
+// the baseline of the architecture.
+#include "library.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#define LS_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace liushui {
+namespace {
+
+struct Job {
+  void (*body)(void*, long);
+  void* context;
+  long tasks;
+  std::atomic<long> next{0};
+};
+
+void run_share(void* pointer) {
+  Job& job = *static_cast<Job*>(pointer);
+  for (long task; (task = job.next.fetch_add(1, std::memory_order_relaxed)) < job.tasks;) job.body(job.context, task);
+}
+
+// void GOMP_parallel(fn, data, num_threads, flags) of the OpenMP runtime that torch has loaded: its threads are
+// then ours too, instead of two pools that fight for the same cores.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+GompParallel gomp_parallel = nullptr;
+
+// The pool for where there is none to share: workers sleep until a job comes.
+class Pool {
+ public:
+  void run(int threads, Job& job) {
+    std::lock_guard<std::mutex> one_at_a_time(callers_);
+    while (static_cast<int>(workers_.size()) < threads - 1) {
+      const int index = static_cast<int>(workers_.size());
+      workers_.emplace_back([this, index] { work(index); });
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job;
+      wanted_ = running_ = threads - 1;
+      generation_++;
+    }
+    wake_.notify_all();
+    run_share(&job);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return running_ == 0; });
+  }
+
+ private:
+  void work(int index) {
+    uint64_t seen = 0;
+    for (;;) {
+      Job* job;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_ != seen && index < wanted_; });
+        seen = generation_;
+        job = job_;
+      }
+      run_share(job);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex callers_, mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> workers_;
+  Job* job_ = nullptr;
+  int wanted_ = 0, running_ = 0;
+  uint64_t generation_ = 0;
+};
+
+std::atomic<Pool*> pool{nullptr};
+
+// Never freed: workers may sleep in it at exit. After a fork the child has no workers, so it starts a new pool.
+Pool& the_pool() {
+  Pool* current = pool.load();
+  if (!current) {
+    static std::once_flag registered;
+    std::call_once(registered, [] { pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); }); });
+    Pool* made = new Pool;
+    if (pool.compare_exchange_strong(current, made))
+      current = made;
+    else
+      delete made;
+  }
+  return *current;
+}
+
+struct Buffers {
+  void* data[kSlots] = {};
+  size_t bytes[kSlots] = {};
+  std::vector<AttentionTask> tasks, merges;
+  ~Buffers() {
+    for (void* p : data) free(p);
+  }
+};
+thread_local Buffers buffers;
+
+}  // namespace
+
+void parallel(int threads, long tasks, void (*body)(void*, long), void* context) {
+  if (threads <= 1 || tasks <= 1) {
+    for (long task = 0; task < tasks; task++) body(context, task);
+    return;
+  }
+  Job job;
+  job.body = body;
+  job.context = context;
+  job.tasks = tasks;
+  if (gomp_parallel)
+    gomp_parallel(run_share, &job, static_cast<unsigned>(threads), 0);
+  else
+    the_pool().run(threads, job);
+}
+
+void* scratch(Slot slot, size_t bytes) {
+  Buffers& own = buffers;
+  if (own.bytes[slot] < bytes) {
+    free(own.data[slot]);
+    own.bytes[slot] = (bytes + bytes / 2 + 63) & ~size_t{63};
+    own.data[slot] = aligned_alloc(64, own.bytes[slot]);
+    if (!own.data[slot]) abort();
+  }
+  return own.data[slot];
+}
+
+AttentionPlan plan_attention(int threads, int num_sequences, const int32_t* query_start, const int32_t* seq_lens,
+                             int num_kv_heads, int group, int window) {
+  constexpr int kRows = 96;  // query rows (tokens times heads of the group) that share one reading of the keys
+  const int tile = std::max(1, kRows / group);
+  auto& tasks = buffers.tasks;
+  auto& merges = buffers.merges;
+  tasks.clear();
+  merges.clear();
+  int longest = 1;
+  for (int s = 0; s < num_sequences; s++) {
+    const int queries = query_start[s + 1] - query_start[s];
+    const int first = seq_lens[s] - queries;
+    for (int from = (queries - 1) / tile * tile; from >= 0 && queries > 0; from -= tile) {
+      AttentionTask task;
+      task.sequence = s;
+      task.row = query_start[s] + from;
+      task.position = first + from;
+      task.count = std::min(tile, queries - from);
+      task.split_begin = window > 0 ? std::max(0, task.position - window + 1) / kSplit : 0;
+      task.split_end = (task.position + task.count - 1) / kSplit + 1;
+      task.partial = -1;
+      longest = std::max(longest, task.split_end - task.split_begin);
+      for (task.head = 0; task.head < num_kv_heads; task.head++) tasks.push_back(task);
+    }
+  }
+  const auto cost = [](const AttentionTask& t) {
+    return static_cast<int64_t>(t.split_end - t.split_begin) * (t.count + 4);
+  };
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [&](const AttentionTask& a, const AttentionTask& b) { return cost(a) > cost(b); });
+  AttentionPlan plan{};
+  if (threads > 1 && longest > 1 && static_cast<int64_t>(tasks.size()) < 4 * static_cast<int64_t>(threads)) {
+    merges.swap(tasks);
+    tasks.clear();
+    for (AttentionTask& whole : merges) {
+      whole.partial = plan.num_partials;
+      for (int split = whole.split_begin; split < whole.split_end; split++) {
+        AttentionTask part = whole;
+        part.split_begin = split;
+        part.split_end = split + 1;
+        part.partial = plan.num_partials;
+        plan.num_partials += static_cast<int64_t>(whole.count) * group;
+        tasks.push_back(part);
+      }
+    }
+  }
+  plan.tasks = tasks.data();
+  plan.num_tasks = static_cast<long>(tasks.size());
+  plan.merges = merges.data();
+  plan.num_merges = static_cast<long>(merges.size());
+  return plan;
+}
+
+}  // namespace liushui
+
+// The best instruction set that both this library and this processor have.
+LS_EXPORT const char* liushui_best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return "avx512";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+#endif
+  return "generic";
+}
+
+LS_EXPORT void liushui_use_openmp(void* function) {
+  liushui::gomp_parallel = reinterpret_cast<liushui::GompParallel>(function);
+}

@@ -1,0 +1,204 @@
+// Normalisations, activations and the writing of the KV cache: every output is formed from one row, in an order
+// that depends on the row's length alone.
+#pragma once
+#include "library.h"
+#include "simd.h"
+
+namespace {
+
+// Rows are dealt out in groups of about this many elements; less than twice this is not worth a second thread.
+constexpr long kGrain = 8192;
+
+LS_INLINE int useful_threads(int threads, long elements) { return elements < 2 * kGrain ? 1 : threads; }
+
+template <class T>
+struct Norm {
+  const T *x, *weight, *bias;
+  T *residual, *out;
+  long rows, width, rows_per_task;
+  float eps, offset;
+};
+
+// residual += x (if there is one); returns the row to be normed.
+template <class T>
+LS_INLINE const T* add_residual(const Norm<T>& a, long row) {
+  const T* x = a.x + row * a.width;
+  if (!a.residual) return x;
+  T* sum = a.residual + row * a.width;
+  for (long i = 0; i < a.width; i += W) {
+    const long n = a.width - i;
+    store_up_to(sum + i, load_up_to(sum + i, n) + load_up_to(x + i, n), n);
+  }
+  return sum;
+}
+
+// Sum of (x - mean)^2, or of x alone with `squares` false.
+template <class T>
+LS_INLINE float row_sum(const T* x, long width, bool squares, float mean) {
+  vf sum[4] = {};
+  long i = 0;
+  for (; i + 4 * W <= width; i += 4 * W)
+    for (int j = 0; j < 4; j++) {
+      const vf v = load(x + i + j * W) - mean;
+      sum[j] = squares ? fma(v, v, sum[j]) : sum[j] + v;
+    }
+  for (; i < width; i += W) {
+    const long n = width - i;
+    vf v = load_up_to(x + i, n) - mean;
+    if (n < W) {  // the lanes past the end must stay zero
+      float lanes[W] = {};
+      store_n(lanes, v, n);
+      v = load(lanes);
+    }
+    sum[0] = squares ? fma(v, v, sum[0]) : sum[0] + v;
+  }
+  return lane_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+template <class T>
+void rms_norm_task(void* context, long task) {
+  const Norm<T>& a = *(const Norm<T>*)context;
+  for (long row = task * a.rows_per_task; row < min_of(a.rows, (task + 1) * a.rows_per_task); row++) {
+    const T* x = add_residual(a, row);
+    T* out = a.out + row * a.width;
+    const float inverse = 1.0f / __builtin_sqrtf(row_sum(x, a.width, true, 0.0f) / (float)a.width + a.eps);
+    for (long i = 0; i < a.width; i += W) {
+      const long n = a.width - i;
+      const vf v = (load_up_to(x + i, n) * inverse) * (load_up_to(a.weight + i, n) + a.offset);
+      store_up_to(out + i, v, n);
+    }
+  }
+}
+
+template <class T>
+void layer_norm_task(void* context, long task) {
+  const Norm<T>& a = *(const Norm<T>*)context;
+  for (long row = task * a.rows_per_task; row < min_of(a.rows, (task + 1) * a.rows_per_task); row++) {
+    const T* x = add_residual(a, row);
+    T* out = a.out + row * a.width;
+    const float mean = row_sum(x, a.width, false, 0.0f) / (float)a.width;
+    const float inverse = 1.0f / __builtin_sqrtf(row_sum(x, a.width, true, mean) / (float)a.width + a.eps);
+    for (long i = 0; i < a.width; i += W) {
+      const long n = a.width - i;
+      const vf normed = (load_up_to(x + i, n) - mean) * inverse;
+      store_up_to(out + i, fma(normed, load_up_to(a.weight + i, n), load_up_to(a.bias + i, n)), n);
+    }
+  }
+}
+
+template <class T>
+void run_norm(int threads, Norm<T> a, void (*task)(void*, long)) {
+  a.rows_per_task = max_of(1, kGrain / max_of(1, a.width));
+  const long tasks = (a.rows + a.rows_per_task - 1) / a.rows_per_task;
+  liushui::parallel(useful_threads(threads, a.rows * a.width), tasks, task, &a);
+}
+
+enum Activation { kSiluMul = 0, kGeluTanhMul = 1, kGeluTanh = 2 };
+
+template <class T>
+struct Activate {
+  const T* x;
+  T* out;
+  long rows, width, pieces;  // a row is cut into this many pieces of kGrain
+};
+
+// x / (1 + e^-2u) is x (1 + tanh u) / 2 without its cancellation.
+LS_INLINE vf gelu_tanh(vf x) {
+  const vf u = fma(x * x, x * 0.044715f, x) * 0.7978845608f;
+  return times_sigmoid(x, u + u);
+}
+
+template <class T, int kind>
+void activate_task(void* context, long task) {
+  const Activate<T>& a = *(const Activate<T>*)context;
+  const long row = task / a.pieces, from = task % a.pieces * kGrain, to = min_of(a.width, from + kGrain);
+  const T* x = a.x + row * a.width * (kind == kGeluTanh ? 1 : 2);
+  T* out = a.out + row * a.width;
+  for (long i = from; i < to; i += W) {
+    const long n = to - i;
+    const vf gate = load_up_to(x + i, n);
+    vf y = kind == kSiluMul ? times_sigmoid(gate, gate) : gelu_tanh(gate);
+    if (kind != kGeluTanh) y = y * load_up_to(x + a.width + i, n);
+    store_up_to(out + i, y, n);
+  }
+}
+
+template <class T>
+void run_activation(int threads, int kind, Activate<T> a) {
+  a.pieces = max_of(1, (a.width + kGrain - 1) / kGrain);
+  const auto task = kind == kSiluMul       ? activate_task<T, kSiluMul>
+                    : kind == kGeluTanhMul ? activate_task<T, kGeluTanhMul>
+                                           : activate_task<T, kGeluTanh>;
+  liushui::parallel(useful_threads(threads, a.rows * a.width), a.rows * a.pieces, task, &a);
+}
+
+template <class T>
+struct ToCache {
+  T *qkv, *k_cache, *v_cache;
+  const int32_t *positions, *slots;
+  const float* rope;
+  const T *q_norm, *k_norm;
+  long tokens, tokens_per_task;
+  int num_heads, num_kv_heads, head_dim, rotary, block_size;
+  long max_position, num_slots;
+  float eps;
+  int bad;
+};
+
+// One head: RMS norm (if there is a weight), then rotation of (x[i], x[i + rotary/2]) by the position's angle i.
+template <class T>
+LS_INLINE void norm_and_rotate(const ToCache<T>& a, const T* x, T* out, const T* weight, const float* angles) {
+  const long dim = a.head_dim, half = a.rotary / 2;
+  const float inverse =
+      weight ? 1.0f / __builtin_sqrtf(row_sum(x, dim, true, 0.0f) / (float)dim + a.eps) : 1.0f;
+  const auto value = [&](long i, long n) {
+    const vf v = load_up_to(x + i, n);
+    return weight ? (v * inverse) * load_up_to(weight + i, n) : v;
+  };
+  for (long i = 0; i < half; i += W) {
+    const long n = half - i;
+    const vf first = value(i, n), second = value(half + i, n);
+    const vf cosine = load_up_to(angles + i, n), sine = load_up_to(angles + half + i, n);
+    store_up_to(out + i, fma(first, cosine, -(second * sine)), n);
+    store_up_to(out + half + i, fma(second, cosine, first * sine), n);
+  }
+  for (long i = 2 * half; i < dim; i += W) store_up_to(out + i, value(i, dim - i), dim - i);
+}
+
+template <class T>
+void to_cache_task(void* context, long task) {
+  ToCache<T>& a = *(ToCache<T>*)context;
+  const long dim = a.head_dim, heads = a.num_heads + 2L * a.num_kv_heads;
+  for (long t = task * a.tokens_per_task; t < min_of(a.tokens, (task + 1) * a.tokens_per_task); t++) {
+    const long slot = a.slots[t], position = a.positions[t];
+    if (slot < 0) continue;
+    if (slot >= a.num_slots || (a.rope && (position < 0 || position >= a.max_position))) {
+      __atomic_store_n(&a.bad, 1, __ATOMIC_RELAXED);
+      continue;
+    }
+    T* row = a.qkv + t * heads * dim;
+    const float* angles = a.rope ? a.rope + position * a.rotary : nullptr;
+    if (a.q_norm || a.rotary > 0)
+      for (long h = 0; h < a.num_heads; h++)
+        norm_and_rotate(a, row + h * dim, row + h * dim, a.q_norm, angles);
+    const long block = slot / a.block_size, offset = slot % a.block_size;
+    for (long h = 0; h < a.num_kv_heads; h++) {
+      const long place = ((block * a.num_kv_heads + h) * a.block_size + offset) * dim;
+      const T* k = row + (a.num_heads + h) * dim;
+      norm_and_rotate(a, k, a.k_cache + place, a.k_norm, angles);
+      memcpy((void*)(a.v_cache + place), k + a.num_kv_heads * dim, (size_t)dim * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+int run_to_cache(int threads, ToCache<T> a) {
+  const long width = (a.num_heads + 2L * a.num_kv_heads) * a.head_dim;
+  a.bad = 0;
+  a.tokens_per_task = max_of(1, kGrain / max_of(1, width));
+  const long tasks = (a.tokens + a.tokens_per_task - 1) / a.tokens_per_task;
+  liushui::parallel(useful_threads(threads, a.tokens * width), tasks, to_cache_task<T>, &a);
+  return a.bad;
+}
+
+}  // namespace

@@ -1,0 +1,165 @@
+// Vectors of float, one width per instruction set. Everything is in an unnamed namespace and takes no template
+// from the standard library: this header is compiled once per instruction set, and a function shared between
+// those objects could be linked from the wrong one.
+//
+// Contraction is off (-ffp-contract=off) and there is no -ffast-math: an operation is fused only where `fma`
+// says so. So the same element gives the same bits in every tile, lane and tail.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#ifndef LS_WIDTH
+#if defined(__AVX512F__)
+#define LS_WIDTH 16
+#elif defined(__AVX2__)
+#define LS_WIDTH 8
+#else
+#define LS_WIDTH 4
+#endif
+#endif
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define LS_REGISTERS 32
+#else
+#define LS_REGISTERS 16
+#endif
+
+#define LS_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int W = LS_WIDTH;
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+LS_INLINE long min_of(long a, long b) { return a < b ? a : b; }
+LS_INLINE long max_of(long a, long b) { return a > b ? a : b; }
+LS_INLINE long round_up(long n, long to) { return (n + to - 1) / to * to; }
+
+LS_INLINE vf splat(float x) { return x - (vf){}; }
+
+LS_INLINE vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+
+LS_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__) && LS_WIDTH == 16
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && LS_WIDTH == 8
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__) && LS_WIDTH == 4
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+LS_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
+
+LS_INLINE vf load(const float* p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+LS_INLINE vf load(const bf16* p) {
+  vh h;
+  memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+LS_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+
+// Round to nearest, ties to even; NaN stays NaN.
+LS_INLINE void store(bf16* p, vf v) {
+  const vu bits = (vu)v;
+  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vu nan = (vu)(v != v);
+  const vh h = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), vh);
+  memcpy(p, &h, sizeof h);
+}
+
+// The first n < W elements; the other lanes are zero.
+template <class T>
+LS_INLINE vf load_n(const T* p, long n) {
+  T buffer[W];
+  memset((void*)buffer, 0, sizeof buffer);
+  memcpy((void*)buffer, p, (size_t)n * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+LS_INLINE void store_n(T* p, vf v, long n) {
+  T buffer[W];
+  store(buffer, v);
+  memcpy((void*)p, buffer, (size_t)n * sizeof(T));
+}
+
+// All of a vector, or its first n elements where fewer than W are left.
+template <class T>
+LS_INLINE vf load_up_to(const T* p, long n) {
+  return n >= W ? load(p) : load_n(p, n);
+}
+
+template <class T>
+LS_INLINE void store_up_to(T* p, vf v, long n) {
+  if (n >= W)
+    store(p, v);
+  else
+    store_n(p, v, n);
+}
+
+// Sum of the lanes, halves folded onto each other.
+LS_INLINE float lane_sum(vf v) {
+  float x[W];
+  store(x, v);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) x[i] += x[i + half];
+  return x[0];
+}
+
+LS_INLINE float lane_max(vf v) {
+  float x[W];
+  store(x, v);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+  return x[0];
+}
+
+// e^x within 1 ulp (0 below -87.33, where the result would be subnormal; infinity above 88.73; NaN kept).
+// x = n ln 2 + r with |r| <= ln(2)/2 (Cody and Waite), then the Taylor polynomial of degree 7 in r.
+LS_INLINE vf vexp(vf x) {
+  const float low = -87.33654f, high = 88.72283f;
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf shifted = fma(x, splat(1.44269504f), magic);
+  const vf n = shifted - magic;
+  vf r = fma(n, splat(-0.693359375f), x);  // exact: few bits in the constant
+  r = fma(n, splat(2.12194440e-4f), r);
+  vf p = splat(1.0f / 5040.0f);
+  p = fma(p, r, splat(1.0f / 720.0f));
+  p = fma(p, r, splat(1.0f / 120.0f));
+  p = fma(p, r, splat(1.0f / 24.0f));
+  p = fma(p, r, splat(1.0f / 6.0f));
+  p = fma(p, r, splat(0.5f));
+  p = fma(p, r * r, r) + 1.0f;
+  // 2^n in two factors, since n may be 128; multiplied, not added to the exponent, so that NaN survives.
+  const vi exponent = (vi)shifted - (vi)magic;
+  const vi half = exponent >> 1;
+  const vf scaled = (p * (vf)((half + 127) << 23)) * (vf)((exponent - half + 127) << 23);
+  const vf bounded = select(x > splat(high), splat(__builtin_inff()), scaled);
+  return select(x < splat(low), splat(0.0f), bounded);
+}
+
+// x times the logistic function of y.
+LS_INLINE vf times_sigmoid(vf x, vf y) { return x / (1.0f + vexp(-y)); }
+
+}  // namespace

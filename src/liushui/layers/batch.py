@@ -1,0 +1,39 @@
+"""One step of the batch as tensors: ragged rows back to back, no padding."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTensors:
+    """T rows (tokens) of S sequences. Row r belongs to sequence s if query_start[s] <= r < query_start[s + 1]."""
+
+    ids: torch.Tensor
+    """[T] int64: token ids."""
+    positions: torch.Tensor
+    """[T] int32: index of the row's token in its own sequence."""
+    slots: torch.Tensor
+    """[T] int32: where the row's key and value go: block * block_size + offset."""
+    query_start: torch.Tensor
+    """[S + 1] int32."""
+    seq_lens: torch.Tensor
+    """[S] int32: tokens of the sequence including this step's."""
+    block_table: torch.Tensor
+    """[S, max_blocks] int32, 0 beyond a sequence's blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Paged keys and values of all layers, each [num_layers, num_blocks, kv_heads, block_size, head_dim]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, layers: int, blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+    ) -> "KVCache":
+        shape = (layers, blocks, kv_heads, block_size, head_dim)
+        # Empty, not zeros: pages that are never used are never resident.
+        return cls(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))

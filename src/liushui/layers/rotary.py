@@ -1,0 +1,74 @@
+"""Rotary position embedding tables (Su et al. 2021, arXiv:2104.09864) and their published scalings."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from liushui.errors import ModelError
+
+KNOWN = ("default", "linear", "llama3", "yarn")
+
+
+def rope_table(
+    config: Mapping[str, Any], head_dim: int, max_positions: int, freq_factors: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[max_positions, rotary_dim] float32: cosines in the first half of a row, sines in the second.
+
+    `config` has the keys of a Hugging Face config: rope_theta, rope_scaling (or rope_parameters, which holds both).
+    `freq_factors` [rotary_dim / 2] divide the frequencies (how GGUF files store Llama 3's scaling).
+    """
+    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    partial = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    rotary_dim = int(head_dim * float(partial))
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+    frequencies = 1.0 / theta**exponents
+    amplitude = 1.0
+    if kind == "linear":
+        frequencies = frequencies / float(scaling["factor"])
+    elif kind == "llama3":
+        frequencies = _llama3(frequencies, scaling)
+    elif kind == "yarn":
+        frequencies, amplitude = _yarn(frequencies, scaling, theta, rotary_dim, config)
+    elif kind != "default":
+        raise ModelError(f"rope_scaling: type {kind!r} is not supported; known: {', '.join(KNOWN)}")
+    if freq_factors is not None:
+        frequencies = frequencies / freq_factors.float()
+    angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
+    return torch.cat([angles.cos() * amplitude, angles.sin() * amplitude], dim=-1).contiguous()
+
+
+def _llama3(frequencies: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between are blended."""
+    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = float(scaling["original_max_position_embeddings"])
+    wavelength = 2 * math.pi / frequencies
+    blend = ((context / wavelength - low) / (high - low)).clamp(0.0, 1.0)
+    between = (1 - blend) * frequencies / factor + blend * frequencies
+    scaled = torch.where(wavelength > context / low, frequencies / factor, frequencies)
+    is_between = (wavelength <= context / low) & (wavelength >= context / high)
+    return torch.where(is_between, between, scaled)
+
+
+def _yarn(
+    frequencies: torch.Tensor, scaling: Mapping[str, Any], theta: float, dim: int, config: Mapping[str, Any]
+) -> tuple[torch.Tensor, float]:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate the low frequencies, keep the high ones."""
+    factor = float(scaling["factor"])
+    context = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
+
+    def dimension(rotations: float) -> float:
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = dimension(float(scaling.get("beta_fast") or 32))
+    high = dimension(float(scaling.get("beta_slow") or 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    keep = 1 - ramp.clamp(0, 1)
+    amplitude = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    return frequencies / factor * (1 - keep) + frequencies * keep, float(amplitude)

@@ -1,0 +1,77 @@
+"""How much memory the KV cache gets, and what that means in tokens and requests."""
+
+from dataclasses import dataclass
+
+import torch
+
+from liushui.config import EngineConfig
+from liushui.errors import CapacityError
+from liushui.models.registry import ModelSizes
+
+GIB = 2**30
+DEFAULT_CAP = 4 * GIB
+"""Without --kv-cache-gib nobody's laptop is filled with cached prefixes."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlan:
+    """The KV cache's size and the context length it allows."""
+
+    num_blocks: int
+    block_size: int
+    bytes_per_token: int
+    max_model_len: int
+    notes: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+
+def plan_kv(config: EngineConfig, sizes: ModelSizes, dtype: torch.dtype, free_bytes: int) -> KVPlan:
+    """Size the cache. Raises `CapacityError` naming the setting that asks for the impossible."""
+    limit = config.max_model_len or sizes.max_positions
+    if limit > sizes.max_positions:
+        raise CapacityError(
+            "max_model_len", f"{limit:,} is beyond the model's {sizes.max_positions:,} positions; ask for at most that"
+        )
+    per_token = sizes.kv_bytes_per_token(dtype)
+    per_block = per_token * config.block_size
+    if config.kv_cache_gib is not None:
+        budget = int(config.kv_cache_gib * GIB)
+        if budget > free_bytes:
+            raise CapacityError(
+                "kv_cache_gib",
+                f"{config.kv_cache_gib:g} GiB asked, {free_bytes / GIB:.1f} GiB free after the weights; "
+                f"give at most {int(free_bytes / GIB * 9) / 10:g}",
+            )
+    else:
+        useful = -(-limit // config.block_size) * per_block * config.max_num_seqs
+        budget = min(useful, free_bytes // 2, DEFAULT_CAP)
+    blocks = budget // per_block
+    if blocks < 1:
+        raise CapacityError(
+            "kv_cache_gib",
+            f"{budget / GIB:.3f} GiB hold no block of {config.block_size} tokens ({per_block:,} bytes); give at least "
+            f"{per_block / GIB:.4f}",
+        )
+    notes = []
+    if limit > blocks * config.block_size:
+        fits = blocks * config.block_size
+        if config.max_model_len is not None:
+            raise CapacityError(
+                "max_model_len",
+                f"{limit:,} tokens need {limit * per_token / GIB:.2f} GiB of KV cache, there is "
+                f"{budget / GIB:.2f}: lower it to {fits:,} or raise kv_cache_gib",
+            )
+        notes.append(f"context limited to {fits:,} tokens by the KV cache (the model allows {limit:,})")
+        limit = fits
+    tokens = blocks * config.block_size
+    typical = min(2048, limit)
+    size = (
+        f"{tokens * per_token / GIB:.2f} GiB"
+        if tokens * per_token >= GIB / 100
+        else f"{tokens * per_token / 2**20:.1f} MiB"
+    )
+    line = f"KV cache: {size} = {tokens:,} tokens = {tokens // typical:,} requests of {typical:,}"
+    return KVPlan(blocks, config.block_size, per_token, limit, (line, *notes))

@@ -1,0 +1,76 @@
+"""Every family's logits and greedy tokens equal Hugging Face's, on tiny random models in float32."""
+
+import pytest
+import torch
+
+from liushui.core.request import SamplingParams
+from tests.support import tiny
+
+TOLERANCE = 1e-4
+
+
+def _prompts(seed: int, lengths: tuple[int, ...]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 211, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_logits_of_a_ragged_batch_and_cached_decode(family: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.oracle(family, seed)
+    runner = tiny.runner(model, block_size=4)
+    seen: list[torch.Tensor] = []
+    inner = runner.model.logits
+    monkeypatch.setattr(runner.model, "logits", lambda hidden: seen.append(inner(hidden).clone()) or seen[-1])
+    driver = tiny.Driver(runner)
+    prompts = _prompts(seed, (1, 37, 5, 16, 70))
+    for i, prompt in enumerate(prompts):
+        driver.add(str(i), prompt)
+    # Ragged chunks first, then every sequence decodes beside the others.
+    driver.step({"1": 20, "0": 1, "4": 33})
+    driver.step({"0": 1, "1": 17, "2": 5, "3": 16, "4": 37})
+    for _ in range(6):
+        seen.clear()
+        driver.step({str(i): 1 for i in range(5)})
+        for i in range(5):
+            known = driver.ids[str(i)][:-1]
+            with torch.no_grad():
+                expected = model(torch.tensor([known])).logits[0, -1]
+            assert (seen[0][i] - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_sixty_four_greedy_tokens(family: str) -> None:
+    model = tiny.oracle(family, seed=3)
+    driver = tiny.Driver(tiny.runner(model))
+    prompts = _prompts(7, (3, 19, 40))
+    for i, prompt in enumerate(prompts):
+        driver.add(str(i), prompt)
+    driver.step({str(i): len(prompt) for i, prompt in enumerate(prompts)})
+    for _ in range(63):
+        driver.step({str(i): 1 for i in range(3)})
+    for i, prompt in enumerate(prompts):
+        with torch.no_grad():
+            expected = model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+        assert driver.ids[str(i)] == expected[0].tolist()
+
+
+def test_prompt_logprobs_equal_hugging_face() -> None:
+    model = tiny.oracle("llama", seed=1)
+    driver = tiny.Driver(tiny.runner(model))
+    prompt = _prompts(5, (90,))[0]
+    driver.add("a", prompt, SamplingParams(temperature=0, prompt_logprobs=2))
+    found = list(driver.step({"a": 33}).prompt_logprobs["a"])
+    found += driver.step({"a": 57}).prompt_logprobs["a"]
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([prompt])).logits[0], dim=-1)
+    assert [position for position, _ in found] == list(range(1, 90))
+    for position, entry in found:
+        row = expected[position - 1]
+        assert entry.token_id == prompt[position]
+        assert abs(entry.logprob - float(row[prompt[position]])) < 1e-3
+        assert entry.rank == int((row > row[prompt[position]]).sum()) + 1
+        assert [token for token, _ in entry.top] == row.topk(2).indices.tolist()

@@ -1,0 +1,45 @@
+"""KV memory: what is asked for fits, or the error says what would."""
+
+import pytest
+import torch
+
+from liushui.config import EngineConfig
+from liushui.errors import CapacityError
+from liushui.models.registry import ModelSizes
+from liushui.runner.memory import GIB, plan_kv
+
+SMOL = ModelSizes("LlamaForCausalLM", 30, 3, 64, 49152, 8192)
+
+
+def test_explicit_size_is_kept_and_said_in_tokens_and_requests() -> None:
+    plan = plan_kv(EngineConfig(kv_cache_gib=1.2), SMOL, torch.bfloat16, 8 * GIB)
+    assert plan.bytes_per_token == 2 * 30 * 3 * 64 * 2
+    assert plan.num_tokens * plan.bytes_per_token <= 1.2 * GIB < (plan.num_tokens + 16) * plan.bytes_per_token
+    assert plan.notes[0] == "KV cache: 1.20 GiB = 55,920 tokens = 27 requests of 2,048"
+
+
+def test_default_takes_no_more_than_the_batch_can_use() -> None:
+    plan = plan_kv(EngineConfig(max_num_seqs=2, max_model_len=100), SMOL, torch.float32, 8 * GIB)
+    assert plan.num_tokens == 2 * 112
+
+
+def test_default_takes_at_most_half_of_what_is_free_and_limits_the_context() -> None:
+    plan = plan_kv(EngineConfig(), SMOL, torch.float32, 100 * 2**20)
+    assert plan.num_tokens * plan.bytes_per_token <= 50 * 2**20
+    assert plan.max_model_len == plan.num_tokens < SMOL.max_positions
+    assert "context limited" in plan.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "free", "field"),
+    [
+        ({"kv_cache_gib": 3.0}, 2 * GIB, "kv_cache_gib"),
+        ({"kv_cache_gib": 1e-6}, 2 * GIB, "kv_cache_gib"),
+        ({"max_model_len": 9000}, 2 * GIB, "max_model_len"),
+        ({"max_model_len": 8000, "kv_cache_gib": 0.1}, 2 * GIB, "max_model_len"),
+    ],
+)
+def test_the_impossible_is_refused_by_name(settings: dict, free: int, field: str) -> None:
+    with pytest.raises(CapacityError) as caught:
+        plan_kv(EngineConfig(**settings), SMOL, torch.float32, free)
+    assert caught.value.field == field

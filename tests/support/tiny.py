@@ -1,0 +1,148 @@
+"""Tiny random models of every family, as Hugging Face makes them, and as checkpoints for the runner."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from liushui.config import EngineConfig
+from liushui.core.plan import NewSequence, PlanItem, StepPlan, StepResult
+from liushui.core.request import SamplingParams
+from liushui.runner.runner import Runner
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 211,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+
+def _configs() -> dict[str, transformers.PretrainedConfig]:
+    t = transformers
+    return {
+        "llama": t.LlamaConfig(**COMMON, tie_word_embeddings=False),
+        "llama-tied": t.LlamaConfig(**COMMON, tie_word_embeddings=True),
+        "llama-bias": t.LlamaConfig(**COMMON, attention_bias=True),
+        "llama3-rope": t.LlamaConfig(**COMMON, rope_parameters=LLAMA3_ROPE),
+        "llama-linear-rope": t.LlamaConfig(**COMMON, rope_parameters=LINEAR_ROPE),
+        "llama-yarn-rope": t.LlamaConfig(**COMMON, rope_parameters=YARN_ROPE),
+        "mistral": t.MistralConfig(**COMMON, sliding_window=None),
+        "mistral-window": t.MistralConfig(**COMMON, sliding_window=24),
+        "gpt2": t.GPT2Config(
+            vocab_size=211, n_embd=48, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+        ),
+        "qwen2": t.Qwen2Config(**COMMON),
+        "qwen2-window": t.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+        "qwen3": t.Qwen3Config(**COMMON, head_dim=20),
+    }
+
+
+FAMILIES = tuple(_configs())
+
+
+@dataclass
+class DictCheckpoint:
+    """A checkpoint held in memory."""
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return self.tensors[name].detach().clone().to(dtype)
+
+
+def oracle(family: str, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
+    """A random Hugging Face model in float32; weights large enough that answers differ."""
+    config = _configs()[family]
+    for key, value in changes.items():
+        setattr(config, key, value)
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.12)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def checkpoint(model: transformers.PreTrainedModel) -> DictCheckpoint:
+    config = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if config.get("tie_word_embeddings"):
+        tensors.pop("lm_head.weight", None)
+    return DictCheckpoint(config, tensors)
+
+
+def runner(model: transformers.PreTrainedModel, **settings: Any) -> Runner:
+    settings = {"dtype": "float32", "kv_cache_gib": 0.02, "threads": 2} | settings
+    return Runner.load(EngineConfig(**settings).validate(), checkpoint(model))
+
+
+class Driver:
+    """Feeds a runner by hand: any cut of any sequences into steps, blocks taken in any order."""
+
+    def __init__(self, runner: Runner, blocks: list[int] | None = None) -> None:
+        self.runner = runner
+        self.free = list(blocks if blocks is not None else range(runner.num_blocks))
+        self.tables: dict[str, list[int]] = {}
+        self.ids: dict[str, list[int]] = {}
+        self.computed: dict[str, int] = {}
+        self.steps = 0
+        self.fresh: list[NewSequence] = []
+
+    def add(self, name: str, ids: list[int], sampling: SamplingParams | None = None, seed: int = 0) -> None:
+        self.ids[name], self.tables[name], self.computed[name] = list(ids), [], 0
+        sampling = sampling or SamplingParams(temperature=0, logprobs=0)
+        self.fresh.append(NewSequence(name, tuple(ids), sampling, seed, frozenset()))
+
+    def forget_cache(self, name: str) -> None:
+        """Preempt: the sequence must be computed again, in other blocks."""
+        self.free.extend(self.tables[name])
+        self.tables[name], self.computed[name] = [], 0
+
+    def step(self, counts: dict[str, int]) -> StepResult:
+        """Feed `counts[name]` tokens of each; what reaches the end of the known tokens is sampled."""
+        items = []
+        for name, count in counts.items():
+            start, table = self.computed[name], self.tables[name]
+            while len(table) * self.runner.block_size < start + count:
+                table.append(self.free.pop())
+            ids = tuple(self.ids[name][start : start + count])
+            samples = start + count == len(self.ids[name])
+            items.append(PlanItem(name, len(items), start, count, ids, tuple(table), samples))
+            self.computed[name] += count
+        plan = StepPlan(self.steps, tuple(items), new=tuple(self.fresh))
+        self.fresh, self.steps = [], self.steps + 1
+        result = self.runner.execute(plan).result()
+        for name, tokens in result.tokens.items():
+            self.ids[name].extend(tokens)
+        return result
