@@ -1,0 +1,67 @@
+"""A step plan while it is being made."""
+
+from liushui.core.plan import NewSequence, PlanItem, StepPlan
+from liushui.core.sequence import Sequence
+
+
+class Draft:
+    """One step's budget and items, and its count of missing blocks."""
+
+    __slots__ = ("admitted", "budget", "claimed", "items", "new", "returning", "short")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        """Tokens that may still be fed."""
+        self.items: list[PlanItem] = []
+        self.new: list[NewSequence] = []
+        self.admitted: list[tuple[str, int]] = []
+        self.short = False
+        """Somebody lacked a block in this step."""
+        self.returning: int | None = None
+        """Blocks that return with the plans in flight. None: to be counted."""
+        self.claimed = 0
+        """Sequences that wait for one of these."""
+
+    def feed(self, seq: Sequence) -> None:
+        """Advance `seq` by what it has left, within the budget: positions start .. end - 1.
+
+        Ids known at start .. min(end, num_known) - 1 go along. At most the last one is in flight, since nothing
+        is sampled before all that is known or pending is fed.
+        """
+        start = seq.num_computed
+        num_tokens = min(seq.num_left, self.budget)
+        if not num_tokens:
+            return
+        end = start + num_tokens
+        samples = end == seq.num_total
+        self.items.append(
+            PlanItem(
+                seq.seq_id,
+                seq.slot,
+                start,
+                num_tokens,
+                tuple(seq.token_ids[start:end]),
+                tuple(seq.block_table),
+                samples,
+            )
+        )
+        self.budget -= num_tokens
+        seq.num_computed = end
+        seq.num_pending += samples
+        seq.num_in_flight += 1
+
+    def enter(self, seq: Sequence, now: float) -> None:
+        """Announce an admission; the first one with all that the runner must know."""
+        num_cached = min(seq.num_computed, seq.num_prompt)
+        self.admitted.append((seq.seq_id, num_cached))
+        if seq.admitted_at is not None:
+            return
+        seq.admitted_at = now
+        seq.num_cached = num_cached
+        request = seq.request
+        self.new.append(
+            NewSequence(seq.seq_id, request.prompt_token_ids, request.sampling, seq.seed, seq.stop_token_ids)
+        )
+
+    def plan(self, step_id: int, dropped: tuple[str, ...], preempted: tuple[str, ...]) -> StepPlan:
+        return StepPlan(step_id, tuple(self.items), tuple(self.new), dropped, tuple(self.admitted), preempted)
