@@ -68,7 +68,7 @@ LS_INLINE void tile(const float* a, long lda, B b, long from, long to, float* ou
 template <int M, class B>
 void tile_columns(const float* a, long lda, B b, long from, long to, float* out, long ldo, long vectors,
                   const float* keep) {
-  constexpr int kWide = (LS_REGISTERS - 4) / (M > 1 ? M : 2);
+  constexpr int kWide = (LS_REGISTERS - 4) / M;
   constexpr int kMost = kWide >= 8 ? 8 : kWide >= 4 ? 4 : kWide >= 2 ? 2 : 1;
   long c = 0;
   const auto at = [&](long k) { return b(k) + c * W; };
@@ -372,9 +372,21 @@ void merge_task(void* context, long index) {
   }
 }
 
+// Whether rows and positions lie within what was given; block numbers are checked where they are read.
+template <class T>
+bool indices_fit(const Attention<T>& a) {
+  if (a.query_start[0] != 0 || a.query_start[a.num_sequences] > a.rows) return false;
+  for (long s = 0; s < a.num_sequences; s++) {
+    const long queries = a.query_start[s + 1] - a.query_start[s];
+    if (queries < 0 || a.seq_lens[s] < queries || a.seq_lens[s] > (long)a.max_blocks * a.block_size) return false;
+  }
+  return true;
+}
+
 template <class T>
 int run_attention(Attention<T>& a) {
   const long used = a.query_start[a.num_sequences], width = (long)a.num_heads * a.head_dim;
+  if (!indices_fit(a)) return 1;
   memset((void*)(a.out + used * width), 0, (size_t)((a.rows - used) * width) * sizeof(T));
   a.bad = 0;
   a.plan = liushui::plan_attention(a.threads, a.num_sequences, a.query_start, a.seq_lens, a.num_kv_heads, a.group(),

@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <algorithm>
 #include <atomic>
@@ -191,16 +192,16 @@ AttentionPlan plan_attention(int threads, int num_sequences, const int32_t* quer
 
 }  // namespace liushui
 
-// The best instruction set that both this library and this processor have.
-LS_EXPORT const char* liushui_best_isa() {
+// Whether this processor (and its system) can run the code compiled for an instruction set.
+LS_EXPORT int liushui_supports(const char* isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+  if (!strcmp(isa, "avx512"))
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-  return "generic";
+  return !strcmp(isa, "generic");
 }
 
 LS_EXPORT void liushui_use_openmp(void* function) {

@@ -1,0 +1,248 @@
+"""The operations in C++ (kernels/cpu), called with raw pointers through ctypes.
+
+Each output element is formed by one thread in one order of operations, whatever the batch, so the promise of `Ops`
+holds by construction. The work runs on the threads of torch's own OpenMP runtime where that can be found.
+"""
+
+import ctypes
+import os
+from ctypes import c_char_p, c_float, c_int, c_long, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liushui.kernels.ops import PackedLinear
+
+INSTRUCTION_SETS = ("avx512", "avx2", "generic")
+"""Best first."""
+MAX_HEAD_DIM = 1024
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_SILU_MUL, _GELU_TANH_MUL, _GELU_TANH = range(3)
+_ARGUMENTS: dict[str, list[Any]] = {
+    "norm": [c_int, c_int, *[c_void_p] * 5, c_long, c_long, c_float, c_float, c_int],
+    "activation": [c_int, c_int, c_int, c_void_p, c_void_p, c_long, c_long],
+    "to_cache": [
+        *[c_int] * 2, c_void_p, *[c_int] * 3, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_int,
+        c_void_p, c_long, c_int, c_void_p, c_void_p, c_float,
+    ],
+    "attention": [
+        *[c_int] * 2, c_void_p, c_long, c_void_p, c_long, *[c_int] * 3, c_void_p, c_void_p, c_long, c_int,
+        c_void_p, c_void_p, c_void_p, c_int, c_int, c_float, c_int,
+    ],
+}  # fmt: skip
+
+
+class NativeUnavailableError(Exception):
+    """Why the native library cannot serve, in words for the user."""
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL, bool]:
+    """The library, and whether it runs on torch's threads. Raises `NativeUnavailableError`."""
+    folder = Path(__file__).parent
+    found = [path for path in (folder / "_cpu.so", folder / "_cpu.dylib") if path.exists()]
+    if not found:
+        reason = folder / "_cpu.reason"
+        why = reason.read_text(encoding="utf-8").strip() if reason.exists() else "the package was not installed by pip"
+        raise NativeUnavailableError(f"not built ({why})")
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        library.liushui_supports.argtypes = [c_char_p]
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailableError(f"cannot be loaded ({error})") from None
+    parallel = _torch_openmp()
+    if parallel is not None:
+        library.liushui_use_openmp.argtypes = [c_void_p]
+        library.liushui_use_openmp(parallel)
+    return library, parallel is not None
+
+
+def _torch_openmp() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch itself uses, if it has one."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            loaded = ctypes.CDLL(str(folder / name), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            # A search from torch's library goes through what it was linked with.
+            return ctypes.cast(loaded.GOMP_parallel, c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _check(right: bool, what: str) -> None:
+    if not right:
+        raise ValueError(what)
+
+
+class NativeOps:
+    """See `Ops`."""
+
+    name = "native"
+
+    def __init__(self, threads: int, isa: str | None = None) -> None:
+        library, shared_pool = _library()
+        usable = [name for name in INSTRUCTION_SETS if library.liushui_supports(name.encode())]
+        usable = [name for name in usable if hasattr(library, f"liushui_norm_{name}")]
+        if not usable or (isa is not None and isa not in usable):
+            raise NativeUnavailableError(f"no code for this processor ({isa or 'any'}; it has {', '.join(usable)})")
+        self.isa = isa or usable[0]
+        self.threads = threads
+        pool = "torch's" if shared_pool else "own"
+        self.note = f"native kernels: {self.isa}, {threads} thread{'s' if threads > 1 else ''} ({pool} pool)"
+        self._norm, self._activation, self._to_cache, self._attention = (
+            self._function(library, name) for name in ("norm", "activation", "to_cache", "attention")
+        )
+
+    def _function(self, library: ctypes.CDLL, name: str) -> Any:
+        function = library[f"liushui_{name}_{self.isa}"]  # an own object, not the shared attribute
+        function.argtypes = _ARGUMENTS[name]
+        function.restype = c_int
+        return function
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, unit_offset: bool = False
+    ) -> Tensor:
+        return self._run_norm(x, weight, None, eps, residual, 1.0 if unit_offset else 0.0)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+        return self._run_norm(x, weight, bias, eps, residual, 0.0)
+
+    def _run_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, offset: float
+    ) -> Tensor:
+        kind = _type_of(x, weight, bias, residual)
+        rows, width = x.shape
+        _check(weight.shape == (width,) and (bias is None or bias.shape == (width,)), "norm: weight is not [H]")
+        _check(residual is None or residual.shape == x.shape, "norm: residual is not [T, H]")
+        out = torch.empty_like(x)
+        self._norm(
+            kind, self.threads, x.data_ptr(), weight.data_ptr(), _pointer(bias), _pointer(residual), out.data_ptr(),
+            rows, width, eps, offset, bias is not None,
+        )  # fmt: skip
+        return out
+
+    def qkv_to_cache(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        positions: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rope: Tensor | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> None:
+        kind = _type_of(qkv, k_cache, v_cache, q_norm, k_norm)
+        _check_heads(qkv, num_heads, num_kv_heads, head_dim, k_cache, v_cache)
+        tokens = qkv.shape[0]
+        _check_indices(positions, slots)
+        _check(positions.shape == (tokens,) == slots.shape, "qkv_to_cache: positions and slots are not [T]")
+        for norm in (q_norm, k_norm):
+            _check(norm is None or norm.shape == (head_dim,), "qkv_to_cache: head norm is not [D]")
+        max_position, rotary = 0, 0
+        if rope is not None:
+            max_position, rotary = rope.shape
+            right = rope.dtype == torch.float32 and rope.is_contiguous() and rotary % 2 == 0 and rotary <= head_dim
+            _check(right, "qkv_to_cache: rope is not float32 [max_position, R] with an even R <= D")
+        wrong = self._to_cache(
+            kind, self.threads, qkv.data_ptr(), num_heads, num_kv_heads, head_dim, positions.data_ptr(),
+            slots.data_ptr(), tokens, k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[0], k_cache.shape[2],
+            _pointer(rope), max_position, rotary, _pointer(q_norm), _pointer(k_norm), eps,
+        )  # fmt: skip
+        if wrong:
+            raise IndexError("qkv_to_cache: a slot is outside the cache or a position outside the rope table")
+
+    def attention(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        block_table: Tensor,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        kind = _type_of(qkv, k_cache, v_cache)
+        _check_heads(qkv, num_heads, num_kv_heads, head_dim, k_cache, v_cache)
+        _check_indices(query_start, seq_lens, block_table)
+        rows, width = qkv.shape
+        sequences, max_blocks = block_table.shape
+        right = query_start.shape == (sequences + 1,) and seq_lens.shape == (sequences,)
+        _check(right, "attention: query_start is not [S + 1] or seq_lens not [S]")
+        _check(window is None or window > 0, "attention: window is not positive")
+        out = torch.empty((rows, num_heads * head_dim), dtype=qkv.dtype)
+        if rows == 0:
+            return out
+        wrong = self._attention(
+            kind, self.threads, qkv.data_ptr(), width, out.data_ptr(), rows, num_heads, num_kv_heads, head_dim,
+            k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[0], k_cache.shape[2], query_start.data_ptr(),
+            seq_lens.data_ptr(), block_table.data_ptr(), sequences, max_blocks, scale, window or 0,
+        )  # fmt: skip
+        if wrong:
+            raise IndexError("attention: query_start, seq_lens or block_table point outside the rows or the cache")
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._run_activation(gate_up, _SILU_MUL, gate_up.shape[1] // 2)
+
+    def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
+        return self._run_activation(gate_up, _GELU_TANH_MUL, gate_up.shape[1] // 2)
+
+    def gelu_new(self, x: Tensor) -> Tensor:
+        return self._run_activation(x, _GELU_TANH, x.shape[1])
+
+    def _run_activation(self, x: Tensor, kind: int, width: int) -> Tensor:
+        dtype = _type_of(x)
+        out = torch.empty((x.shape[0], width), dtype=x.dtype)
+        self._activation(dtype, self.threads, kind, x.data_ptr(), out.data_ptr(), x.shape[0], width)
+        return out
+
+    def pack_linear(self, weight: Tensor) -> PackedLinear | None:
+        return None
+
+    def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+        raise ValueError(f"packed for {packed.kind}, which the native kernels cannot read")
+
+
+def _type_of(first: Tensor, *others: Tensor | None) -> int:
+    """The common type's number in the library; refuses what raw pointers must not see."""
+    dtype = first.dtype
+    _check(dtype in _TYPES, f"native kernels take float32 or bfloat16, not {dtype}")
+    _check(first.is_contiguous(), "native kernels take contiguous tensors")
+    for other in others:
+        if other is not None:
+            _check(other.dtype == dtype, f"native kernels take one type, not {dtype} and {other.dtype}")
+            _check(other.is_contiguous(), "native kernels take contiguous tensors")
+    return _TYPES[dtype]
+
+
+def _check_indices(*indices: Tensor) -> None:
+    for index in indices:
+        _check(index.dtype == torch.int32 and index.is_contiguous(), "indices are not contiguous int32")
+
+
+def _check_heads(
+    qkv: Tensor, num_heads: int, num_kv_heads: int, head_dim: int, k_cache: Tensor, v_cache: Tensor
+) -> None:
+    _check(num_heads % num_kv_heads == 0, "query heads are not a multiple of key-value heads")
+    _check(head_dim <= MAX_HEAD_DIM, f"head dimension above {MAX_HEAD_DIM}")
+    _check(qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim, "qkv is not [T, (Hq + 2 Hk) D]")
+    shape = k_cache.shape
+    _check(shape[1] == num_kv_heads and shape[3] == head_dim, "cache is not [num_blocks, Hk, block_size, D]")
+    _check(v_cache.shape == shape, "the caches differ in shape")
