@@ -1,0 +1,146 @@
+"""One file of prompts through one engine: the loop behind `liushui generate` and `liushui demo`."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from liushui.cli.output import answer_row, error_row
+from liushui.cli.rows import BadRow, Row
+from liushui.core.request import SamplingParams
+from liushui.errors import LiushuiError
+
+Template = Literal["auto", "none"]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the rows."""
+
+    answered: int = 0
+    failed: int = 0
+    failed_lines: list[int] = field(default_factory=list)
+    """The first few."""
+
+    def failure(self, line: int) -> None:
+        self.failed += 1
+        if len(self.failed_lines) < 5:
+            self.failed_lines.append(line)
+
+    @property
+    def done(self) -> int:
+        return self.answered + self.failed
+
+
+class Job:
+    """Reads rows as the engine has room, answers them, and hands each finished row to `emit`."""
+
+    def __init__(
+        self,
+        llm: Any,
+        template: Template,
+        emit: Callable[[dict[str, Any], bool], None],
+        *,
+        effective_params: bool = False,
+    ) -> None:
+        self.llm = llm
+        self.tally = Tally()
+        self.templated = template == "auto" and llm.tokenizer.chat_template is not None
+        self._emit = emit
+        self._effective_params = effective_params
+        self._rows: dict[int, Row] = {}
+        self._params: deque[SamplingParams] = deque()
+
+    def run(self, rows: Iterator[Row | BadRow], keep: Callable[[Row, Any], None] | None = None) -> Tally:
+        """Answer all rows. `keep` sees each row with its RequestOutput. What `emit` raises ends the run."""
+        with closing(self.llm.generate_iter(self._prompts(rows), self._sampling())) as outputs:
+            for output in outputs:
+                self._take(output, keep)
+        return self.tally
+
+    def run_at_once(self, rows: Iterator[Row | BadRow], keep: Callable[[Row, Any], None] | None = None) -> Tally:
+        """As `run`, but all rows arrive at the same moment, so that waiting is measured from there."""
+        engine = self.llm.engine
+        now = engine.clock()
+        for index, (prompt, params) in enumerate(zip(self._prompts(rows), self._sampling(), strict=True)):
+            engine.submit(engine.prepare(prompt, params, now=now, index=index))
+        while engine.has_unfinished:
+            for output in engine.step():
+                self._take(output, keep)
+        return self.tally
+
+    def _take(self, output: Any, keep: Callable[[Row, Any], None] | None) -> None:
+        row = self._rows.pop(output.index)
+        if keep is not None:
+            keep(row, output)
+        record = answer_row(row, output)
+        if self._effective_params:
+            record["effective_params"] = dict(output.effective_params)
+        if output.error is None:
+            self.tally.answered += 1
+        else:
+            self.tally.failure(row.line)
+        self._emit(record, output.error is not None)
+
+    def _prompts(self, rows: Iterator[Row | BadRow]) -> Iterator[Any]:
+        """Prompts for the engine, taken one by one; rows that cannot be prompts are reported on the way."""
+        taken = 0
+        for row in rows:
+            try:
+                if isinstance(row, BadRow):
+                    raise LiushuiError(row.message)
+                prompt = self._prompt(row)
+            except LiushuiError as error:
+                self.tally.failure(row.line)
+                self._emit(error_row(row, str(error)), True)
+                continue
+            self._rows[taken] = row
+            self._params.append(row.params)
+            taken += 1
+            yield prompt
+
+    def _sampling(self) -> Iterator[SamplingParams]:
+        """The sampling parameters of the prompts, in the same order."""
+        while self._params:
+            yield self._params.popleft()
+
+    def _prompt(self, row: Row) -> Any:
+        if row.prompt_token_ids is not None:
+            return row.prompt_token_ids
+        if row.messages is not None:
+            return self._render(row.messages)
+        return self._render([{"role": "user", "content": row.prompt}]) if self.templated else row.prompt
+
+    def _render(self, messages: list[dict[str, Any]]) -> list[int]:
+        _, ids = self.llm.tokenizer.chat(messages, add_generation_prompt=True, template_kwargs={})
+        return list(ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The engine at one moment."""
+
+    running: int
+    waiting: int
+    tokens: int
+    """Output tokens so far."""
+
+
+class Meter:
+    """The engine's load from its event log, counting each step once."""
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+        self._seen = len(log.steps)
+        self._tokens = 0
+
+    def __call__(self) -> Load:
+        steps = self._log.steps
+        count = len(steps)
+        for number in range(self._seen, count):
+            self._tokens += sum(item.samples for item in steps[number].items)
+        self._seen = count
+        if not count:
+            return Load(0, 0, 0)
+        return Load(steps[count - 1].running, steps[count - 1].waiting, self._tokens)

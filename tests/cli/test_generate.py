@@ -1,0 +1,247 @@
+"""`liushui generate` as a person uses it."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import finish, make_model, start
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n\ntwo\nthree\n")
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def by_line(rows: list[dict]) -> dict[int, dict]:
+    return {row["line"]: row for row in rows}
+
+
+def test_a_text_file_is_answered(liushui, engine_flags, prompts, tmp_path):
+    out = tmp_path / "out.jsonl"
+    done = liushui("generate", prompts, "-o", out, *engine_flags, "--max-tokens", 5, "--ignore-eos")
+    assert done.code == 0, done.err
+    rows = read(out)
+    assert sorted((row["index"], row["line"], row["prompt"]) for row in rows) == [
+        (0, 1, "one"),
+        (1, 3, "two"),
+        (2, 4, "three"),
+    ]
+    for row in rows:
+        assert row["completion_tokens"] == len(row["token_ids"]) == 5
+        assert row["finish_reason"] == "length"
+        assert row["truncated_tokens"] == 0
+        assert row["timings"]["total"] > 0
+    assert done.out == ""
+    for words in (
+        "3 rows of",
+        "chat template",
+        "temperature 0.0 (greedy), max_tokens 5",
+        "KV cache",
+        "3 rows answered",
+    ):
+        assert words in done.err
+
+
+def test_rows_go_to_standard_output_without_o(liushui, engine_flags, prompts):
+    done = liushui("generate", prompts, *engine_flags, "--max-tokens", 3, "--quiet")
+    assert done.code == 0
+    assert {row["prompt"] for row in done.rows} == {"one", "two", "three"}
+    assert done.err == ""
+
+
+def test_the_chat_template_is_used_unless_told_otherwise(liushui, engine_flags, prompts, model):
+    templated = by_line(liushui("generate", prompts, *engine_flags, "--max-tokens", 1).rows)
+    raw = by_line(liushui("generate", prompts, *engine_flags, "--max-tokens", 1, "--template", "none").rows)
+    assert raw[1]["prompt_tokens"] == len("one")
+    assert templated[1]["prompt_tokens"] == len("<user>one\n<assistant>")
+
+
+def test_rows_bring_their_own_parameters_and_their_own_errors(liushui, engine_flags, tmp_path):
+    lines = [
+        '{"prompt": "a", "max_tokens": 2, "ignore_eos": true, "custom_id": "first"}',
+        '{"prompt": "a", "temprature": 1, "custom_id": "typo"}',
+        "not json",
+        '{"messages": [{"role": "user", "content": "hi"}], "n": 2, "temperature": 1.0, "seed": 7}',
+        '{"prompt_token_ids": [65, 66], "logprobs": 1, "prompt_logprobs": 0}',
+        '{"prompt_token_ids": [99999]}',
+        '{"prompt": "' + "x" * 600 + '"}',
+        '{"prompt": "' + "x" * 600 + '", "truncate_prompt_tokens": 10}',
+        '{"prompt": "a", "stop": 5}',
+        '{"messages": [{"role": "user", "content": "a"}], "ignore_eos": true}',
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out.jsonl"
+    done = liushui("generate", tmp_path / "p.jsonl", "-o", out, *engine_flags, "--max-tokens", 4)
+    assert done.code == 1
+    rows = by_line(read(out))
+    assert len(rows) == len(lines)
+    assert rows[1]["custom_id"] == "first"
+    assert len(rows[1]["token_ids"]) == 2
+    assert "unknown key 'temprature'" in rows[2]["error"]
+    assert rows[2]["custom_id"] == "typo"
+    assert "not JSON" in rows[3]["error"]
+    assert [answer["index"] for answer in rows[4]["outputs"]] == [0, 1]
+    assert rows[4]["seed"] == 7
+    assert len(rows[5]["logprobs"]) == rows[5]["completion_tokens"]
+    assert len(rows[5]["prompt_logprobs"]) == 2
+    assert "prompt_token_ids" in rows[6]["error"]
+    assert "512" in rows[7]["error"]
+    assert rows[8]["prompt_tokens"] == 10
+    assert rows[8]["truncated_tokens"] > 500
+    assert "stop: must be" in rows[9]["error"]
+    assert rows[10]["completion_tokens"] == 4
+    assert "5 rows failed: input lines 2, 3, 6, 7, 9" in done.err or "5 rows failed" in done.err
+
+
+def test_answers_do_not_depend_on_the_rest_of_the_file(liushui, engine_flags, tmp_path):
+    line = '{"prompt": "the same", "temperature": 1.0, "seed": 3, "max_tokens": 12, "ignore_eos": true}\n'
+    (tmp_path / "alone.jsonl").write_text(line)
+    others = "".join(f'{{"prompt": "other {i}", "max_tokens": {i + 1}}}\n' for i in range(9))
+    (tmp_path / "crowd.jsonl").write_text(others + line)
+    alone = liushui("generate", tmp_path / "alone.jsonl", *engine_flags).rows[0]
+    for policy in ("continuous", "static"):
+        flags = [*engine_flags, "--policy", policy, "--max-num-seqs", 4]
+        crowd = by_line(liushui("generate", tmp_path / "crowd.jsonl", *flags).rows)
+        assert crowd[10]["token_ids"] == alone["token_ids"]
+        assert crowd[10]["text"] == alone["text"]
+
+
+def test_verbose_writes_what_was_in_force(liushui, engine_flags, prompts):
+    done = liushui("generate", prompts, *engine_flags, "--max-tokens", 2, "--temperature", 1, "-v")
+    row = done.rows[0]
+    assert row["effective_params"]["temperature"] == 1
+    assert row["effective_params"]["seed"] == row["seed"]
+    assert '"block_size": 16' in done.err
+
+
+def test_extras_are_saved(liushui, engine_flags, prompts, tmp_path):
+    picture, report = tmp_path / "t.png", tmp_path / "r.json"
+    done = liushui("generate", prompts, *engine_flags, "--timeline", picture, "--json-report", report)
+    assert done.code == 0, done.err
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    summary = json.loads(report.read_text())
+    assert summary["summary"]["requests"] == 3
+    assert summary["sampling"]["max_tokens"] == 256
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["no-such-file.txt"], "there is no file no-such-file.txt"),
+        (["."], "is a folder"),
+        (["PROMPTS", "--top-p", "7"], "--top-p: must be in"),
+        (["PROMPTS", "--top-p", "x"], "--top-p"),
+        (["PROMPTS", "--policy", "best"], "--policy"),
+        (["PROMPTS", "--block-size", "17"], "block_size: must be a power of two"),
+        (["PROMPTS", "--no-such-flag"], "--no-such-flag"),
+        (["PROMPTS", "--model", "/no/such/folder"], "/no/such/folder"),
+        (["PROMPTS", "-o", "/no/such/folder/out"], "does not exist"),
+        (["PROMPTS", "--timeline", "/no/such/folder/t.png"], "does not exist"),
+        (["PROMPTS", "--timeline", "t.txt"], "must end in"),
+        ([], "PROMPTS"),
+    ],
+)
+def test_a_mistake_is_a_message_and_no_trace(liushui, prompts, args, words):
+    done = liushui("generate", *[prompts if arg == "PROMPTS" else arg for arg in args])
+    assert done.code == 2
+    assert words in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_an_empty_file_is_a_mistake(liushui, tmp_path):
+    (tmp_path / "p.txt").write_text("\n \n")
+    done = liushui("generate", tmp_path / "p.txt")
+    assert done.code == 2
+    assert "no prompts" in done.err
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(liushui, prompts, tmp_path):
+    folder = make_model(tmp_path / "odd", architecture="OddForCausalLM")
+    done = liushui("generate", prompts, "--model", folder)
+    assert done.code == 2
+    assert "OddForCausalLM" in done.err
+    assert "LlamaForCausalLM" in done.err
+
+
+def test_a_model_without_a_template_takes_prompts_as_they_are_and_refuses_messages(liushui, tmp_path, prompts):
+    folder = make_model(tmp_path / "plain", template=None)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "abc"}\n{"messages": [{"role": "user", "content": "a"}]}\n')
+    flags = ["--model", folder, "--kv-cache-gib", "0.01", "--max-tokens", 2]
+    done = liushui("generate", tmp_path / "p.jsonl", *flags)
+    rows = by_line(done.rows)
+    assert done.code == 1
+    assert rows[1]["prompt_tokens"] == 3
+    assert "template" in rows[2]["error"]
+    assert "the model has no chat template" in done.err
+
+
+def test_an_existing_output_is_not_touched(liushui, engine_flags, prompts, tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("precious")
+    done = liushui("generate", prompts, "-o", out, *engine_flags)
+    assert done.code == 2
+    assert "--overwrite" in done.err
+    assert out.read_text() == "precious"
+    assert liushui("generate", prompts, "-o", out, "--overwrite", "--model", "/no/model").code == 2
+    assert out.read_text() == "precious"
+    assert liushui("generate", prompts, "-o", out, "--overwrite", *engine_flags, "--max-tokens", 1).code == 0
+    assert len(read(out)) == 3
+
+
+def test_a_full_disk_is_reported(liushui, engine_flags, prompts):
+    done = liushui("generate", prompts, "-o", "/dev/full", *engine_flags, "--max-tokens", 2)
+    assert done.code == 1
+    assert "no space left for /dev/full" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_standard_input_is_read_as_it_comes(engine_flags):
+    process = start("generate", "-", *engine_flags, "--max-num-seqs", 1, "--max-tokens", 3)
+    # Two rows more than the engine reads ahead: the first answer must not wait for the end of the input.
+    process.stdin.write('{"prompt": "a"}\n' * 6)
+    process.stdin.flush()
+    first = json.loads(process.stdout.readline())
+    done = finish(process, '{"prompt": "b"}\n')
+    assert first["prompt"] == "a"
+    assert done.code == 0, done.err
+    assert len(done.rows) == 6
+    assert "standard input (jsonl)" in done.err
+
+
+def test_ctrl_c_keeps_the_rows_that_were_finished(engine_flags, tmp_path):
+    lines = ['{"prompt": "quick", "max_tokens": 1}'] + ['{"prompt": "slow", "max_tokens": 480}'] * 200
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out.jsonl"
+    flags = [*engine_flags, "--max-num-seqs", 2, "--ignore-eos"]
+    process = start("generate", tmp_path / "p.jsonl", "-o", out, *flags, stdin=subprocess.DEVNULL)
+    while process.poll() is None and not (out.exists() and out.stat().st_size):
+        pass
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    rows = read(out)
+    assert done.code == 130, done.err
+    assert 1 <= len(rows) < 201
+    assert by_line(rows)[1]["finish_reason"] == "length"
+    assert f"interrupted: {len(rows)} rows are complete" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_reader_that_goes_away_ends_the_run(engine_flags, tmp_path):
+    (tmp_path / "p.txt").write_text("a line\n" * 300)
+    process = start("generate", tmp_path / "p.txt", *engine_flags, "--max-tokens", 8, stdin=subprocess.DEVNULL)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 1
+    err = process.stderr.read()
+    assert "went away" in err
+    assert "Traceback" not in err
