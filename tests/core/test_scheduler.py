@@ -274,6 +274,14 @@ def test_the_watermark_is_a_hundredth_of_the_pool() -> None:
     assert World(num_blocks=1000).scheduler.watermark == 10
 
 
+def test_an_admission_leaves_everybody_who_runs_a_block() -> None:
+    world = World(num_blocks=9, block_size=4)
+    world.add(*(make(name, 4, 5) for name in "abcdefg"))
+    assert [seq_id for seq_id, _ in (world.step() or world.plans[0]).admitted] == ["a", "b", "c", "d", "e"]
+    world.run()
+    assert world.scheduler.num_preemptions == 0
+
+
 def test_alone_one_needs_no_watermark() -> None:
     world = World(num_blocks=4, block_size=4)
     world.add(make("a", 16, 1))
@@ -304,56 +312,98 @@ def test_the_batch_is_in_order_of_arrival_whatever_the_names() -> None:
 # -- preemption
 
 
-def crowd(depth: int = 0) -> World:
-    """Three sequences of one block each, in a pool of four: in their third step all need a second one."""
-    world = World(num_blocks=4, block_size=4, depth=depth)
-    world.add(make("a", 3, 6), make("b", 3, 6), make("c", 3, 6))
+def crowd(depth: int = 0, max_tokens: int = 3, **keys: object) -> World:
+    """A pool of seven blocks, all owned: two each by a and b, three by c, whose prompt was the last to enter.
+
+    Six steps are scheduled. In the next one, a is the first to need a third block; b one step later.
+    """
+    world = World(num_blocks=7, block_size=4, depth=depth, max_num_batched_tokens=4)
+    world.add(make("a", 3, 9), make("b", 3, 9))
+    world.step()
+    world.add(make("c", 9, max_tokens, **keys))
+    for _ in range(5):
+        world.step()
+    assert [len(world.sequences[name].block_table) for name in "abc"] == [2, 2, 3]
+    assert shape(world.plans[-1]) == [("a", 7, 1), ("b", 6, 1), ("c", 7, 2)]
+    assert world.pool.num_free == 0
     return world
+
+
+def preempted(world: World) -> list[tuple[str, ...]]:
+    return [plan.preempted for plan in world.plans if plan.preempted]
 
 
 def test_the_last_in_order_yields() -> None:
     world = crowd()
-    world.step()
-    world.step()
-    assert world.pool.num_free == 1
-    assert shape(world.step()) == [("a", 4, 1), ("b", 4, 1)]
+    assert shape(world.step()) == [("a", 8, 1), ("b", 7, 1)]
     assert world.plans[-1].preempted == ("c",)
     assert world.sequences["c"].num_computed == 0
-    assert (world.scheduler.num_waiting, world.scheduler.num_preemptions) == (1, 1)
+    assert (world.scheduler.num_waiting, world.scheduler.num_preemptions, world.pool.num_free) == (1, 1, 2)
     world.run()
-    assert world.scheduler.num_preemptions == 1
+    assert preempted(world) == [("c",)]
+
+
+def test_the_last_in_order_itself_waits_and_keeps_what_it_has() -> None:
+    world = World(num_blocks=3, block_size=4)
+    world.add(make("a", 4, 5), make("b", 3, 3))
+    for _ in range(3):
+        world.step()
+    assert [shape(plan) for plan in world.plans[1:]] == [[("a", 4, 1), ("b", 3, 1)], [("a", 5, 1)]]
+    world.run()
+    assert world.scheduler.num_preemptions == 0
 
 
 def test_priority_decides_who_yields() -> None:
-    world = World(num_blocks=4, block_size=4)
-    world.add(make("a", 3, 6, priority=2), make("b", 3, 6), make("c", 3, 6))
-    for _ in range(3):
-        world.step()
-    assert world.plans[-1].preempted == ("a",)
+    world = World(num_blocks=7, block_size=4, max_num_batched_tokens=4)
+    world.add(make("a", 3, 9), make("b", 3, 9))
+    world.step()
+    world.add(make("c", 9, 3, priority=-1))
     world.run()
-    assert list(world.finished) == ["b", "c", "a"]
+    assert preempted(world) == [("b",)]
+    assert list(world.finished) == ["c", "a", "b"]
 
 
-def test_a_preempted_sequence_comes_back_before_later_ones_and_computes_what_it_knew() -> None:
+def test_a_preempted_sequence_comes_back_before_later_ones_with_its_own_blocks() -> None:
     world = crowd()
-    for _ in range(3):
-        world.step()
+    world.step()
     world.add(make("d", 1, 1))
     world.run()
-    back = next(plan for plan in world.plans if ("c", 0) in plan.admitted and plan.step_id)
-    assert ("c", 0, 5) in shape(back)
+    back = next(plan for plan in world.plans[6:] if plan.admitted)
+    assert back.admitted[0] == ("c", 4)  # of its two published blocks, b took the later
+    assert shape(back)[-1] == ("c", 4, 3)
     assert "c" not in {new.seq_id for new in back.new}
-    assert world.plans.index(back) <= next(plan.step_id for plan in world.plans if "d" in str(plan.admitted))
+    assert world.sequences["c"].num_cached == 0
+    entered = [seq_id for plan in world.plans[6:] for seq_id, _ in plan.admitted]
+    assert entered == ["c", "d"]
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_blocks_on_their_way_back_preempt_nobody_else(depth: int) -> None:
-    """a needs a block while c's, preempted, are named by plans in flight: b must not be preempted as well."""
+    """a lacks a block while c's are named by plans in flight: preempting b as well would free nothing sooner."""
     world = crowd(depth)
-    for _ in range(12):
-        world.step()
-    assert {seq_id for plan in world.plans for seq_id in plan.preempted} == {"c"}
-    assert world.scheduler.num_preemptions == 1
+    assert shape(world.schedule()) == [("b", 7, 1)]
+    assert (world.plans[-1].preempted, world.pool.num_free) == (("c",), 0)
+    world.run()
+    assert preempted(world) == [("c",)]
+
+
+def test_a_last_token_on_its_way_is_blocks_on_their_way() -> None:
+    world = crowd(depth=1, max_tokens=1)
+    assert shape(world.schedule()) == [("b", 7, 1)]  # a waits for c to end, which is certain
+    world.run()
+    assert preempted(world) == []
+
+
+def test_as_many_yield_as_lack_a_block() -> None:
+    """a and b lack a block in the same step: of d alone only one comes back, so c must yield too."""
+    world = World(num_blocks=4, block_size=4, depth=1, reckless=True)
+    world.add(*(make(name, 4, 5) for name in "abcd"))
+    assert len(shape(world.schedule())) == 4
+    assert world.schedule() is None
+    assert (world.scheduler.num_running, world.pool.num_free) == (2, 0)
+    world.update()
+    assert shape(world.schedule()) == [("a", 4, 1), ("b", 4, 1)]
+    assert world.plans[-1].preempted == ("d", "c")
     world.run()
 
 
@@ -361,36 +411,38 @@ def test_a_victim_in_flight_keeps_its_pending_tokens() -> None:
     world = crowd(depth=1)
     c = world.sequences["c"]
     world.schedule()
-    world.schedule()
-    world.update()
-    world.schedule()
     assert (c.status.value, c.num_pending, c.num_in_flight, world.pool.num_free) == ("waiting", 1, 1, 0)
     world.update()
-    assert (c.num_known, c.num_pending, c.num_in_flight) == (5, 0, 0)
+    assert (c.num_known, c.num_pending, c.num_in_flight, world.pool.num_free) == (10, 0, 0, 3)
     assert world.answers["c"] == c.output_token_ids
     world.run()
 
 
-def test_who_ends_while_preempted_ends() -> None:
-    """c is preempted with its last token in flight: it ends from the queue and never comes back."""
-    world = World(num_blocks=4, block_size=4, depth=1)
-    world.add(make("a", 3, 6), make("b", 3, 6), make("c", 3, 2))
+def test_a_victim_in_flight_waits_for_its_last_plan_and_finds_what_that_computed() -> None:
+    world = World(max_num_batched_tokens=8, depth=1)
+    world.add(make("a", 20, 1))
     world.schedule()
-    world.schedule()
+    world.scheduler._preempt(world.sequences["a"])
+    assert world.schedule() is None
     world.update()
+    assert shape(world.schedule()) == [("a", 8, 8)]
+    world.run()
+
+
+def test_who_ends_while_preempted_ends() -> None:
+    """c is preempted with a stop token in flight: it ends from the queue and never comes back."""
+    world = crowd(depth=1, stop_token_ids=(first_token("c", 9),))
     world.schedule()
     assert world.plans[-1].preempted == ("c",)
     world.update()
-    assert world.finished["c"].reason is FinishReason.LENGTH
+    assert world.finished["c"].reason is FinishReason.STOP
     world.run()
     assert [seq_id for plan in world.plans for seq_id, _ in plan.admitted] == ["a", "b", "c"]
 
 
 def test_a_preempted_sequence_may_be_aborted() -> None:
     world = crowd(depth=1)
-    for _ in range(3):
-        world.schedule()
-        world.update() if len(world.in_flight) > 1 else None
+    world.schedule()
     world.abort("c")
     world.run()
     assert [plan.dropped for plan in world.plans if "c" in plan.dropped] == [("c",)]
@@ -463,16 +515,6 @@ def test_prompt_logprobs_compute_every_row_and_still_publish() -> None:
         world.add(make(name, prompt, 1, prompt_logprobs=rows))
         world.step()
     assert [plan.admitted[0][1] for plan in world.plans] == [0, 0, 8]
-
-
-def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
-    world = World(num_blocks=4, block_size=2)
-    world.add(make("a", 2, 5), make("b", 2, 5))
-    world.run()
-    back = next(plan for plan in world.plans[1:] if plan.admitted)
-    assert world.scheduler.num_preemptions == 1
-    assert back.admitted == (("b", 2),)
-    assert world.sequences["b"].num_cached == 0
 
 
 # -- the self-check

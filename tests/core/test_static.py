@@ -51,7 +51,7 @@ def test_those_who_do_not_fit_are_the_next_group() -> None:
 
 
 def test_a_preempted_member_returns_to_its_group() -> None:
-    world = World(num_blocks=4, block_size=4, policy="static")
+    world = World(num_blocks=4, block_size=4, policy="static", reckless=True)
     world.add(make("a", 3, 6), make("b", 3, 6), make("c", 3, 6))
     world.step()
     world.add(make("d", 1, 1, priority=-1))

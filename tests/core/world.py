@@ -9,6 +9,7 @@ cannot hold the right ones.
 """
 
 from collections import Counter, deque
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from zlib import crc32
 
@@ -129,12 +130,27 @@ class Device:
         return known.ids[-1]
 
 
+class RecklessPool(BlockPool):
+    """Keeps nothing spare for those who run, so that they are preempted all the time."""
+
+    def acquire(self, num_new: int, hits: Seq[int] = (), spare: int = 0) -> list[int] | None:
+        return super().acquire(num_new, hits)
+
+
 class World:
     """A scheduler, a device, and up to `depth` plans in flight beside the one at hand; all checked at each call."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, *, depth: int = 0, **settings: object) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        *,
+        depth: int = 0,
+        reckless: bool = False,
+        **settings: object,
+    ) -> None:
         self.depth = depth
-        self.pool = BlockPool(num_blocks, block_size)
+        self.pool = RecklessPool(num_blocks, block_size) if reckless else BlockPool(num_blocks, block_size)
         limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 4096}
         self.scheduler = Scheduler(self.pool, **{**limits, **settings})
         self.device = Device(block_size)

@@ -6,7 +6,7 @@ Pure decisions over integers: no tensors, no text, no clock. The engine's loop i
     pending = executor.execute(plan)
     scheduler.update(plan, pending.result().tokens)         # plans retire in the order they were made
 
-A sequence goes round like this; only `update` and `abort` end it:
+A sequence goes round like this; only `update`, `finish` and `abort` end it:
 
     add -> WAITING -> RUNNING -> (HELD: static groups only) -> ENDED
               ^----------'  preempted: computed again from what is cached
@@ -48,7 +48,7 @@ class Scheduler:
         self.prefix_caching = prefix_caching
         self.policy = choose.POLICIES[policy]
         self.watermark = max(1, pool.num_blocks // 100)
-        """Free blocks that an admission leaves to those who run."""
+        """Fewest free blocks that an admission leaves to those who run."""
 
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # these two are always sorted by choose.order
@@ -126,6 +126,19 @@ class Scheduler:
         self._give_back(seq)
         return self._let_go()
 
+    def finish(self, seq_id: str, reason: FinishReason = FinishReason.STOP) -> list[Event]:
+        """End a sequence as its own last token would: its stop string is complete. Unknown ids are ignored.
+
+        Unlike `abort` it is told: its `FinishedEvent` is among those returned or, under the static policy, comes with
+        its group's. Tokens of steps in flight are discarded.
+        """
+        seq = self._sequences.get(seq_id)
+        if seq is None or seq.status not in (Status.RUNNING, Status.WAITING):
+            return []
+        self._end(seq, reason)
+        self._give_back(seq)
+        return self._let_go()
+
     # -- the step
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
@@ -138,7 +151,7 @@ class Scheduler:
         then to the longer rests of those already in, then to those who enter; always in order of (priority,
         arrival). Who enters gets blocks for all its known tokens at once, so only decodes ever lack a block, and
         admitted prompts cannot lock each other out. A decode that lacks one takes it from the last in order, who
-        goes back to the queue; if blocks are on their way back already (their owners are out, but plans in flight
+        goes back to the queue; if blocks are on their way back already (their owners are done, but plans in flight
         name them) it waits for these instead. Nobody enters in a step in which somebody lacked a block. The first
         in order always gets ahead; hence everybody does, in turn.
 
@@ -194,7 +207,7 @@ class Scheduler:
                     events.append(TokensEvent(seq.seq_id, (token,)))
                     reason = seq.append(token)
                     if reason:
-                        self._end(seq, reason)
+                        self._end(seq, reason, token if reason is FinishReason.STOP else None)
             if not seq.num_in_flight and seq.status is not Status.RUNNING:
                 self._give_back(seq)
         return events + self._let_go()
@@ -208,18 +221,16 @@ class Scheduler:
     def _admit(self, seq: Sequence, draft: Draft, now: float) -> bool:
         """Let the head of the queue into the batch, whole or not at all.
 
-        Its blocks: those of the longest cached prefix, and new ones for all its other known tokens. Some are
-        left to the others: a watermark; and, if it was preempted before, one block each, or it would soon be
-        preempted again. A sequence that wants the log-probabilities of its prompt computes all of it, also
-        after a preemption (rows may then come twice).
+        Its blocks: those of the longest cached prefix, and new ones for all its other known tokens. A block for
+        each of those who run stays free, and at least the watermark: with less, somebody would soon be preempted,
+        and what was gained by entering is lost by computing twice. A sequence that wants the log-probabilities
+        of its prompt computes all of it, also after a preemption (rows may then come twice).
         """
         if seq.num_in_flight or not self._free_slots:
             return False
         readable = self.prefix_caching and seq.request.sampling.prompt_logprobs is None
         hits = self.pool.match(seq.prefixes, seq.token_ids) if readable else []
-        spare = 0
-        if self._running:
-            spare = max(self.watermark, len(self._running) if seq.num_preemptions else 0)
+        spare = max(self.watermark, len(self._running)) if self._running else 0
         table = self.pool.acquire(self.pool.blocks_for(seq.num_known) - len(hits), hits, spare)
         if table is None:
             return False
@@ -260,9 +271,11 @@ class Scheduler:
         return True
 
     def _leaving_tables(self) -> list[list[int]]:
-        """Block tables of those who are out of the batch but still named by plans in flight."""
+        """Block tables that come back with the plans in flight: of those who are out of the batch but still named
+        by plans, and of those whose last token is on its way."""
         named = {item.seq_id for plan in self._plans for item in plan.items}
-        return [seq.block_table for seq_id in named if (seq := self._sequences[seq_id]).status is not Status.RUNNING]
+        sequences = [self._sequences[seq_id] for seq_id in named]
+        return [seq.block_table for seq in sequences if seq.status is not Status.RUNNING or not seq.num_left]
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to its place in the queue. It keeps every token, also those in flight, and computes them again."""
@@ -283,11 +296,10 @@ class Scheduler:
 
     # -- leaving
 
-    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+    def _end(self, seq: Sequence, reason: FinishReason, stop: int | None = None) -> None:
         """Take a sequence out of the batch, or out of the queue if it was preempted with this step in flight."""
         _remove(self._running if seq.status is Status.RUNNING else self._waiting, seq)
         seq.status, seq.finish_reason = Status.HELD, reason
-        stop = seq.token_ids[-1] if reason is FinishReason.STOP else None
         self._held.append((seq, FinishedEvent(seq.seq_id, reason, stop)))
 
     def _let_go(self) -> list[Event]:
