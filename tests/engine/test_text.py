@@ -1,11 +1,11 @@
 """Streamed pieces add up to the full decode: for any ids, any characters, any decoder."""
 
 import pytest
-import tiny_tokenizers as tk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liushui.engine.text import ByteTextStream, TextStream, Vocabulary, WindowTextStream
+from tests.engine import tiny_tokenizers as tk
 
 BYTE_LEVEL = Vocabulary(tk.byte_level())
 RAW = BYTE_LEVEL._raw

@@ -1,0 +1,128 @@
+"""What comes back: results, stream deltas, timings. Names and shapes as in vLLM where it has them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from liushui.core.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's natural-log probability under the model itself (before temperature, penalties, truncation)."""
+
+    logprob: float
+    rank: int
+    """1 is the most likely."""
+    decoded_token: str
+
+
+TokenLogprob = dict[int, Logprob]
+"""Token id -> its log-probability: the chosen token first, then the k most likely, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimings:
+    """When it happened, in seconds on the engine's (monotonic) clock. None: did not happen."""
+
+    arrival: float
+    scheduled: float | None = None
+    """It entered the batch for the first time."""
+    first_token: float | None = None
+    last_token: float | None = None
+    finished: float | None = None
+    """It left the batch: under the static policy, when its whole group was done."""
+    preemptions: int = 0
+    steps: int = 0
+    """Steps that advanced it (an answer's share each, if n > 1)."""
+    output_tokens: int = 0
+    """Of all its answers together."""
+    answers: int = 1
+
+    @property
+    def queued(self) -> float | None:
+        """Seconds from arrival to the batch."""
+        return None if self.scheduled is None else self.scheduled - self.arrival
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def total(self) -> float | None:
+        """Seconds from arrival to the end."""
+        return None if self.finished is None else self.finished - self.arrival
+
+    @property
+    def inter_token(self) -> float | None:
+        """Mean seconds between two tokens of an answer after the first; None with fewer than two tokens each."""
+        gaps = self.output_tokens - self.answers
+        if self.first_token is None or self.last_token is None or gaps < 1:
+            return None
+        return (self.last_token - self.first_token) * self.answers / gaps
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One answer."""
+
+    index: int
+    """Which of the n answers, 0 .. n - 1."""
+    text: str
+    token_ids: list[int]
+    """All tokens, the one that ended the answer included."""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended it; None for end-of-sequence and all other reasons."""
+    logprobs: list[TokenLogprob] | None = None
+    """One per token, if asked."""
+    cumulative_logprob: float | None = None
+    """Sum over the chosen tokens, if logprobs were asked."""
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """Everything about one finished request."""
+
+    request_id: str
+    index: int
+    """Position in the input of `generate`."""
+    prompt: str | None
+    """The text given; None if token ids were given."""
+    prompt_token_ids: list[int]
+    """What the model was fed, after truncation."""
+    outputs: list[CompletionOutput]
+    finished: bool = True
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """One per prompt token, if asked; None for the first, which nothing predicts."""
+    timings: RequestTimings | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
+    truncated_tokens: int = 0
+    """Prompt tokens cut off by truncate_prompt_tokens."""
+    effective_params: Mapping[str, Any] = field(default_factory=dict)
+    """Every sampling parameter as it was used: drawn seed and resolved max_tokens included."""
+    error: str | None = None
+    """Why it was refused or could not go on; the other fields hold what there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamDelta:
+    """New text of one answer. The texts of an answer's deltas concatenate to `CompletionOutput.text`, the token
+    ids to its `token_ids`; text may come later than its tokens (half a character, the beginning of a stop)."""
+
+    request_id: str
+    index: int
+    """Position of the request in the input."""
+    output_index: int
+    """Which of the n answers."""
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """Parallel to `token_ids`, if asked."""
+    finish_reason: FinishReason | None = None
+    """Set on the last delta of the answer."""
+    stop_reason: str | int | None = None
+    error: str | None = None
+    """Set if `finish_reason` is "error"."""

@@ -1,0 +1,153 @@
+"""Start-up: every phase timed, every default that came from somewhere named."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from liushui.config import EngineConfig
+from liushui.core.blocks import BlockPool
+from liushui.core.scheduler import Scheduler
+from liushui.engine.engine import Engine
+from liushui.engine.tokenizer import Tokenizer
+from liushui.errors import ParameterError
+
+_SAMPLING_KEYS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "max_length",
+    "max_new_tokens",
+)
+"""What a generation_config.json says about sampling. It is reported, and not applied."""
+
+
+class Phases:
+    """Named spans of time, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def close(self) -> None:
+        """The end of start-up: what no phase accounts for is named as well."""
+        total = time.perf_counter() - self._start
+        self.seconds["other"] = max(total - sum(self.seconds.values()), 0.0)
+
+    def line(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.seconds.items() if seconds >= 0.005)
+        return f"ready after {sum(self.seconds.values()):.2f} s ({parts})"
+
+
+class CheckpointFacts(Protocol):
+    """What a report says of a checkpoint."""
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]: ...
+
+    def describe(self) -> str: ...
+
+
+class RunnerFacts(Protocol):
+    """What a report says of a runner."""
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+
+def report(
+    config: EngineConfig, checkpoint: CheckpointFacts, tokenizer: Tokenizer, runner: RunnerFacts, phases: Phases
+) -> list[str]:
+    """The start-up report, one fact a line: the files, the runner's own lines, the batch, prompts, time."""
+    return [
+        f"{config.model}: {checkpoint.describe()}",
+        *runner.notes,
+        f"batch: {config.policy}, up to {config.max_num_seqs} sequences and {config.max_num_batched_tokens:,} tokens "
+        f"a step, max_model_len {runner.max_model_len:,}, prefix caching {'on' if config.prefix_caching else 'off'}",
+        prompt_line(tokenizer, config.chat_template),
+        generation_line(checkpoint.generation_config),
+        phases.line(),
+    ]
+
+
+def prompt_line(tokenizer: Tokenizer, template_file: str | None = None) -> str:
+    """How text becomes a prompt: BOS, end of sequence, chat template."""
+    bos = f"BOS {tokenizer.special_tokens.get('bos_token')!r} is put in front" if tokenizer.add_bos else "no BOS added"
+    ends = ", ".join(repr(tokenizer.id_to_text(token)) for token in tokenizer.eos_token_ids) or "nothing"
+    template = "no chat template"
+    if tokenizer.template_hash is not None:
+        template = f"chat template {tokenizer.template_hash} from {template_file or 'the model'}"
+    return f"prompts: {bos}; answers end with {ends}; {template}"
+
+
+def generation_line(generation_config: Mapping[str, Any]) -> str:
+    """Sampling defaults that the model's files suggest."""
+    found = {key: generation_config[key] for key in _SAMPLING_KEYS if generation_config.get(key) is not None}
+    if not found:
+        return "sampling: SamplingParams as given (the model's files suggest nothing else)"
+    suggested = ", ".join(f"{key}={value}" for key, value in found.items())
+    return f"sampling: SamplingParams as given; not applied, though the model's files suggest it: {suggested}"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is ready."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    report: list[str]
+
+
+def load(config: EngineConfig) -> Loaded:
+    """Find the model, read it, size the KV cache, join the parts. Raises `ModelError`, `ParameterError`."""
+    phases = Phases()
+    template = _template(config)
+    with phases("find the model"):
+        from liushui import loading
+
+        checkpoint = loading.open_checkpoint(loading.resolve(config.model))
+    with phases("tokenizer"):
+        tokenizer = Tokenizer.from_checkpoint(checkpoint, template)
+    with phases("import torch"):
+        from liushui.runner.runner import Runner
+    with phases("weights and KV cache"):
+        runner = Runner.load(config, checkpoint)
+    scheduler = Scheduler(
+        BlockPool(runner.num_blocks, runner.block_size),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=runner.max_model_len,
+        policy=config.policy,
+        prefix_caching=config.prefix_caching,
+    )
+    engine = Engine(config, scheduler, runner, tokenizer, vocab_size=runner.vocab_size)
+    phases.close()
+    return Loaded(engine, tokenizer, report(config, checkpoint, tokenizer, runner, phases))
+
+
+def _template(config: EngineConfig) -> str | None:
+    """The chat template that the settings name."""
+    if config.chat_template is None:
+        return None
+    try:
+        return Path(config.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParameterError("chat_template", f"cannot be read: {error}") from None
