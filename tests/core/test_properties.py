@@ -1,4 +1,4 @@
-"""Random lives: add, abort, schedule and update in any order, at depth 0, 1 and 2, in pools small enough to hurt.
+"""Random lives: add, abort, finish, schedule and update in any order, at depth 0 to 2, in pools small enough to hurt.
 
 `World` checks every call: books balanced, the right tokens at the right positions in the right blocks, no block
 written that another owns, no overtaking; and at the end, everybody's exact answer and an empty house.
@@ -54,7 +54,7 @@ lives = st.lists(
     st.one_of(
         arrivals,
         arrivals,
-        st.tuples(st.just("abort"), st.integers(0, 30)),
+        st.tuples(st.sampled_from(["abort", "finish"]), st.integers(0, 30)),
         st.tuples(st.sampled_from(["schedule", "update", "step", "step", "step"])),
     ),
     max_size=60,
@@ -65,8 +65,8 @@ def live(world: World, acts: list[tuple]) -> World:
     for act, *arguments in acts:
         if act == "add":
             add(world, *arguments)
-        elif act == "abort":
-            world.abort(str(arguments[0]))
+        elif act in ("abort", "finish"):
+            getattr(world, act)(str(arguments[0]))
         elif act == "update":
             if world.in_flight:
                 world.update()
@@ -129,7 +129,7 @@ def test_random_walks_under_pressure(depth: int, policy: str) -> None:
                 length, tail = rng.randint(0, 12), [rng.randint(1, 2) for _ in range(rng.randint(1, 3))]
                 add(world, rng.choice(PATTERNS), length, tail, rng.randint(1, 16), {"ignore_eos": rng.random() < 0.5})
             if rng.random() < 0.05 and world.sequences:
-                world.abort(rng.choice(list(world.sequences)))
+                rng.choice([world.abort, world.finish])(rng.choice(list(world.sequences)))
             world.step()
         world.run()
         seen["preemptions"] += world.scheduler.num_preemptions

@@ -182,6 +182,21 @@ def test_an_abort_in_flight_is_silent_and_returns_its_blocks_with_the_last_plan(
     world.run()
 
 
+def test_finish_from_outside_is_told_and_discards_what_is_in_flight() -> None:
+    world = World(num_blocks=8, depth=1)
+    world.add(make("a", 4, 9), make("b", 4, 9))
+    world.schedule()
+    world.schedule()
+    world.update()
+    assert world.scheduler.finish("unknown") == []
+    world.finish("a")
+    assert world.finished["a"] == FinishedEvent("a", FinishReason.STOP)
+    assert len(world.answers["a"]) == 1
+    assert world.scheduler.finish("a") == []
+    world.run()
+    assert len(world.answers["a"]) == 1
+
+
 def test_an_id_may_come_again_once_it_is_gone() -> None:
     world = World()
     world.add(make("a", 4, 2))
@@ -445,7 +460,16 @@ def test_a_preempted_sequence_may_be_aborted() -> None:
     world.schedule()
     world.abort("c")
     world.run()
+    assert "c" not in world.finished
     assert [plan.dropped for plan in world.plans if "c" in plan.dropped] == [("c",)]
+
+
+def test_a_preempted_sequence_may_be_finished() -> None:
+    world = crowd()
+    world.step()
+    world.finish("c")
+    assert (world.scheduler.num_waiting, list(world.finished)) == (0, ["c"])
+    world.run()
 
 
 # -- the prefix cache

@@ -95,6 +95,26 @@ def test_who_is_held_may_be_aborted() -> None:
     assert list(world.finished) == ["b"]
 
 
+def test_a_stop_string_ends_one_who_leaves_with_its_group() -> None:
+    world = World(policy="static")
+    world.add(make("a", 2, 9), make("b", 2, 2))
+    world.step()
+    world.finish("a")
+    assert (world.finished, world.batch()) == ({}, ["a", "b"])
+    world.step()
+    assert list(world.finished) == ["a", "b"]
+    world.run()
+
+
+def test_the_finish_of_the_last_lets_all_go() -> None:
+    world = World(policy="static")
+    world.add(make("a", 2, 1), make("b", 2, 9))
+    world.step()
+    world.finish("b")
+    assert list(world.finished) == ["a", "b"]
+    world.run()
+
+
 lengths = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 8)), min_size=1, max_size=8)
 
 

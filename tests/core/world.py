@@ -158,6 +158,7 @@ class World:
         self.answers: dict[str, list[int]] = {}
         self.finished: dict[str, FinishedEvent] = {}
         self.aborted: set[str] = set()
+        self.cut: set[str] = set()
         self.in_flight: deque[tuple[StepPlan, dict[str, list[int]]]] = deque()
         self.plans: list[StepPlan] = []
         self.num_retired = 0
@@ -175,6 +176,14 @@ class World:
         if seq_id in self.sequences and seq_id not in self.finished:
             self.aborted.add(seq_id)
         self.take(self.scheduler.abort(seq_id))
+        self.scheduler.check()
+
+    def finish(self, seq_id: str) -> None:
+        """As when a stop string is complete. Nothing happens to a sequence that has ended (or is held)."""
+        seq = self.sequences.get(seq_id)
+        if seq and seq.status in (Status.WAITING, Status.RUNNING):
+            self.cut.add(seq_id)
+        self.take(self.scheduler.finish(seq_id))
         self.scheduler.check()
 
     def schedule(self) -> StepPlan | None:
@@ -207,6 +216,7 @@ class World:
             assert event.seq_id not in self.aborted, "an event of an aborted sequence"
             assert event.seq_id not in self.finished, "an event after the end"
             if isinstance(event, TokensEvent):
+                assert event.seq_id not in self.cut, "tokens after the end"
                 self.answers[event.seq_id] += event.token_ids
             else:
                 self.finished[event.seq_id] = event
@@ -228,6 +238,10 @@ class World:
         assert self.finished.keys() | self.aborted == self.sequences.keys()
         for seq_id, event in self.finished.items():
             answer, reason = expected(self.sequences[seq_id])
+            if seq_id in self.cut:
+                assert event == FinishedEvent(seq_id, FinishReason.STOP)
+                assert self.answers[seq_id] == answer[: len(self.answers[seq_id])]
+                continue
             assert self.answers[seq_id] == answer
             assert event.reason is reason
             assert event.stop_token_id == (answer[-1] if reason is FinishReason.STOP else None)

@@ -7,7 +7,7 @@ from liushui.core.sequence import Sequence
 class Draft:
     """One step's budget and items, and its count of missing blocks."""
 
-    __slots__ = ("admitted", "budget", "claimed", "items", "new", "returning", "short")
+    __slots__ = ("admitted", "budget", "claimed", "items", "new", "returning")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -15,8 +15,6 @@ class Draft:
         self.items: list[PlanItem] = []
         self.new: list[NewSequence] = []
         self.admitted: list[tuple[str, int]] = []
-        self.short = False
-        """Somebody lacked a block in this step."""
         self.returning: int | None = None
         """Blocks that return with the plans in flight. None: to be counted."""
         self.claimed = 0

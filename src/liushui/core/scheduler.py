@@ -144,16 +144,16 @@ class Scheduler:
     def schedule(self, now: float = 0.0) -> StepPlan | None:
         """Plan the next step; None if nothing can advance before a plan in flight retires (or nothing is there).
 
-        There are no phases. Every sequence has `left = known + pending - computed` tokens to feed, and a step
-        advances it by min(left, what remains of the step's token budget): a prompt, a chunk of one, the rest after
-        a prefix hit, the return after a preemption and a decode step are this one case. The budget goes
-        first to those with one token left (the decodes: so a long prompt never holds up the streams beside it),
-        then to the longer rests of those already in, then to those who enter; always in order of (priority,
-        arrival). Who enters gets blocks for all its known tokens at once, so only decodes ever lack a block, and
-        admitted prompts cannot lock each other out. A decode that lacks one takes it from the last in order, who
-        goes back to the queue; if blocks are on their way back already (their owners are done, but plans in flight
-        name them) it waits for these instead. Nobody enters in a step in which somebody lacked a block. The first
-        in order always gets ahead; hence everybody does, in turn.
+        There are no phases. Every sequence has `left = known + pending - computed` tokens to feed, and a step advances
+        it by min(left, what remains of the step's token budget): a prompt, a chunk of one, the rest after a prefix
+        hit, the return after a preemption and a decode step are this one case. The budget goes first to those with
+        one token left (the decodes: so a long prompt never holds up the streams beside it), then to the longer rests
+        of those already in, then to those who enter; always in order of (priority, arrival), and nobody overtakes
+        the head of the queue. Who enters gets blocks for all its known tokens at once, so only decodes ever lack a
+        block, and admitted prompts cannot lock each other out. A decode that lacks one takes it from the last in
+        order, who goes back to the queue; but if blocks are on their way back already (their owners are done, and
+        plans in flight name them) it waits for these. The first in order always gets ahead: hence everybody does,
+        in turn.
 
         `now`: seconds on the engine's clock.
         """
@@ -168,12 +168,11 @@ class Scheduler:
         for seq in rests:
             if seq.status is Status.RUNNING:
                 draft.feed(seq)
-        if not draft.short:
-            empty = not (self._running or self._held or self._plans)
-            for seq in self.policy.entrants(self._waiting, empty):
-                if not (draft.budget or self.policy.together) or not self._admit(seq, draft, now):
-                    break
-                draft.feed(seq)
+        batch_empty = not (self._running or self._held or self._plans)
+        for seq in self.policy.entrants(self._waiting, batch_empty):
+            if not (draft.budget or self.policy.together) or not self._admit(seq, draft, now):
+                break
+            draft.feed(seq)
         if not draft.items:
             return None
         plan = draft.plan(self._next_step, tuple(self._dropped), tuple(self._preempted))
@@ -256,7 +255,6 @@ class Scheduler:
         if seq.num_computed < len(seq.block_table) * self.pool.block_size:
             return True
         while (block := self.pool.acquire(1)) is None:
-            draft.short = True
             if draft.returning is None:
                 draft.returning = self.pool.num_returning(self._leaving_tables())
             if draft.returning > draft.claimed:
