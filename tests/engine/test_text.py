@@ -1,7 +1,7 @@
 """Streamed pieces add up to the full decode: for any ids, any characters, any decoder."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from liushui.engine.text import ByteTextStream, TextStream, Vocabulary, WindowTextStream
@@ -48,6 +48,7 @@ def test_other_decoders_random_ids(name: str, token_ids: list[int], skip: bool, 
 
 
 @given(ids, ids, st.booleans())
+@example([259], [259], False)
 @settings(max_examples=200, deadline=None)
 def test_text_continues_the_prompt(prompt: list[int], token_ids: list[int], skip: bool) -> None:
     """A SentencePiece answer keeps the space between prompt and answer."""

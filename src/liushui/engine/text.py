@@ -67,7 +67,6 @@ class Vocabulary:
         added = raw.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
-        self._visible: dict[tuple[int, bool], bool] = {}
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -98,15 +97,6 @@ class Vocabulary:
 
     def is_byte_token(self, token_id: int) -> bool:
         return _fallback_byte(self._raw.id_to_token(token_id) or "") is not None
-
-    def has_text(self, token_id: int, skip_special_tokens: bool) -> bool:
-        """Whether the token shows something even as the first of a text."""
-        key = (token_id, skip_special_tokens)
-        known = self._visible.get(key)
-        if known is None:
-            text = self.decode([token_id], skip_special_tokens=skip_special_tokens)
-            known = self._visible[key] = bool(text) and not self.is_byte_token(token_id)
-        return known
 
     def _find_bytes(self, token_id: int) -> bytes:
         token = self._raw.id_to_token(token_id)
@@ -153,9 +143,7 @@ class WindowTextStream:
     def __init__(self, vocab: Vocabulary, skip_special_tokens: bool, prompt_ids: Sequence[int] = ()) -> None:
         self._vocab = vocab
         self._skip = skip_special_tokens
-        tail = reversed(prompt_ids[-_PROMPT_TAIL:])
-        anchor = next((token for token in tail if vocab.has_text(token, skip_special_tokens)), None)
-        self._window: list[int] = [] if anchor is None else [anchor]
+        self._window = self._anchor(prompt_ids)
         self._shown = len(self._decode(self._window))
 
     def push(self, token_id: int) -> str:
@@ -183,10 +171,20 @@ class WindowTextStream:
             tail = self._window[-size:]
             if self._vocab.is_byte_token(tail[0]):
                 return
-            text = self._decode(tail)
-            if text:
+            if text := self._decode(tail):
                 self._window, self._shown = tail, len(text)
                 return
+
+    def _anchor(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The shortest end of the prompt that shows something; all of a prompt that shows nothing. Bytes at its very
+        end are left out: an answer does not complete the prompt's last character."""
+        tail = [token for token in prompt_ids[-_PROMPT_TAIL:] if not self._vocab.hidden(token, self._skip)]
+        while tail and self._vocab.is_byte_token(tail[-1]):
+            tail.pop()
+        for size in range(1, len(tail) + 1):
+            if not self._vocab.is_byte_token(tail[-size]) and self._decode(tail[-size:]):
+                return tail[-size:]
+        return tail
 
     def _decode(self, ids: Iterable[int]) -> str:
         return self._vocab.decode(list(ids), skip_special_tokens=self._skip)
