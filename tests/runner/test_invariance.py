@@ -1,5 +1,6 @@
 """An answer is a pure function of its request: tokens and log-probabilities, bit for bit, however it was computed."""
 
+import random
 from functools import cache
 from typing import Any
 
@@ -42,28 +43,22 @@ def _alone(family: str, dtype: str, kernels: str, which: int) -> tuple:
 
 @pytest.mark.parametrize(("dtype", "kernels"), VARIANTS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral-window"])
-@settings(max_examples=6)
-@given(data=st.data())
-def test_any_batch_any_chunks_any_preemption(family: str, dtype: str, kernels: str, data: st.DataObject) -> None:
+@settings(max_examples=4)
+@given(seed=st.integers(0, 2**32))
+def test_any_batch_any_chunks_any_preemption(family: str, dtype: str, kernels: str, seed: int) -> None:
     """Random company, random chunk sizes, random preemptions, random physical blocks: the same bits."""
-    runner = _runner(family, dtype, kernels)
-    order = data.draw(st.permutations(range(len(PROMPTS))))
-    chosen = order[: data.draw(st.integers(1, len(PROMPTS)))]
-    blocks = list(range(runner.num_blocks))
-    torch.manual_seed(data.draw(st.integers(0, 1000)))
-    driver = tiny.Driver(runner, [blocks[i] for i in torch.randperm(len(blocks)).tolist()])
+    runner, luck = _runner(family, dtype, kernels), random.Random(seed)
+    chosen = luck.sample(range(len(PROMPTS)), luck.randint(1, len(PROMPTS)))
+    driver = tiny.Driver(runner, luck.sample(range(runner.num_blocks), runner.num_blocks))
     logprobs: dict[int, list] = {which: [] for which in chosen}
     for which in chosen:
         driver.add(f"r{which}", PROMPTS[which], PARAMS[which], seed=which)
     goal = {which: len(PROMPTS[which]) + NEW for which in chosen}
     while live := [w for w in chosen if len(driver.ids[f"r{w}"]) < goal[w]]:
-        if data.draw(st.integers(0, 9)) == 0:
-            driver.forget_cache(f"r{data.draw(st.sampled_from(live))}")
-        counts = {}
-        for which in live:
-            left = len(driver.ids[f"r{which}"]) - driver.computed[f"r{which}"]
-            counts[f"r{which}"] = left if left == 1 else data.draw(st.integers(1, left))
-        result = driver.step(counts)
+        if luck.random() < 0.1:
+            driver.forget_cache(f"r{luck.choice(live)}")
+        left = {w: len(driver.ids[f"r{w}"]) - driver.computed[f"r{w}"] for w in live}
+        result = driver.step({f"r{w}": luck.randint(1, n) for w, n in left.items()})
         for which in live:
             logprobs[which] += result.logprobs.get(f"r{which}", ())
     for which in chosen:

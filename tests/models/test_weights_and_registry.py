@@ -1,0 +1,64 @@
+"""Checkpoints are read strictly: each problem names its tensor or architecture."""
+
+import pytest
+import torch
+
+from liushui.errors import ModelError, WeightError
+from liushui.models.registry import ARCHITECTURES, architecture, sizes
+from tests.support import tiny
+
+
+def _load(point: tiny.DictCheckpoint) -> None:
+    from liushui.config import EngineConfig
+    from liushui.runner.runner import Runner
+
+    Runner.load(EngineConfig(kv_cache_gib=0.01, dtype="float32"), point)
+
+
+def test_a_missing_tensor_is_named() -> None:
+    point = tiny.checkpoint(tiny.oracle("llama"))
+    del point.tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(WeightError, match=r"model\.layers\.1\.mlp\.up_proj\.weight \[80, 48\] is missing"):
+        _load(point)
+
+
+def test_an_extra_tensor_is_named() -> None:
+    point = tiny.checkpoint(tiny.oracle("qwen2"))
+    point.tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(48)
+    with pytest.raises(WeightError, match=r"does not use: model\.layers\.0\.self_attn\.o_proj\.bias"):
+        _load(point)
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes() -> None:
+    point = tiny.checkpoint(tiny.oracle("gpt2"))
+    point.tensors["transformer.h.2.attn.c_attn.weight"] = torch.zeros(144, 48)
+    with pytest.raises(WeightError, match=r"c_attn\.weight has shape \[144, 48\], the model's config asks for \[48, 144\]"):
+        _load(point)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ModelError) as caught:
+        architecture({"architectures": ["MambaForCausalLM"]})
+    assert "MambaForCausalLM" in str(caught.value)
+    assert all(name in str(caught.value) for name in ARCHITECTURES)
+
+
+def test_a_config_without_a_needed_key_is_refused() -> None:
+    with pytest.raises(ModelError, match="hidden_size"):
+        sizes({"architectures": ["LlamaForCausalLM"], "num_attention_heads": 2})
+
+
+def test_base_checkpoints_without_prefix_load() -> None:
+    """GPT-2's own files name their tensors without 'transformer.'."""
+    model = tiny.oracle("gpt2")
+    point = tiny.checkpoint(model)
+    point.tensors = {name.removeprefix("transformer."): t for name, t in point.tensors.items()}
+    _load(point)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_unknown_rope_scaling_is_refused(kind: str) -> None:
+    point = tiny.checkpoint(tiny.oracle("llama"))
+    point.config["rope_parameters"] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ModelError, match=f"rope_scaling: type '{kind}'"):
+        _load(point)
