@@ -19,7 +19,7 @@ class Scripted:
     def __init__(self, *answers: list):
         self.answers = list(answers)
         self.asked: list[list[dict]] = []
-        self.tokenizer = SimpleNamespace(chat_template="x")
+        self.tokenizer = SimpleNamespace(template_hash="x")
 
     def chat_stream(self, messages, params):
         self.asked.append([dict(message) for message in messages])

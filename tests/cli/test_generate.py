@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_a_text_file_is_answered(liushui, engine_flags, prompts, tmp_path):
     for words in (
         "3 rows of",
         "chat template",
-        "temperature 0.0 (greedy), max_tokens 5",
+        "temperature 0.0 (greedy), ignore_eos True, max_tokens 5",
         "KV cache",
         "3 rows answered",
     ):
@@ -99,7 +100,7 @@ def test_rows_bring_their_own_parameters_and_their_own_errors(liushui, engine_fl
     assert rows[8]["truncated_tokens"] > 500
     assert "stop: must be" in rows[9]["error"]
     assert rows[10]["completion_tokens"] == 4
-    assert "5 rows failed: input lines 2, 3, 6, 7, 9" in done.err or "5 rows failed" in done.err
+    assert "5 rows failed" in done.err
 
 
 def test_answers_do_not_depend_on_the_rest_of_the_file(liushui, engine_flags, tmp_path):
@@ -219,18 +220,18 @@ def test_standard_input_is_read_as_it_comes(engine_flags):
 
 
 def test_ctrl_c_keeps_the_rows_that_were_finished(engine_flags, tmp_path):
-    lines = ['{"prompt": "quick", "max_tokens": 1}'] + ['{"prompt": "slow", "max_tokens": 480}'] * 200
+    lines = ['{"prompt": "quick", "max_tokens": 1}'] + ['{"prompt": "slow", "max_tokens": 480}'] * 40
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     out = tmp_path / "out.jsonl"
     flags = [*engine_flags, "--max-num-seqs", 2, "--ignore-eos"]
     process = start("generate", tmp_path / "p.jsonl", "-o", out, *flags, stdin=subprocess.DEVNULL)
     while process.poll() is None and not (out.exists() and out.stat().st_size):
-        pass
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     done = finish(process)
     rows = read(out)
     assert done.code == 130, done.err
-    assert 1 <= len(rows) < 201
+    assert 1 <= len(rows) < 41
     assert by_line(rows)[1]["finish_reason"] == "length"
     assert f"interrupted: {len(rows)} rows are complete" in done.err
     assert "Traceback" not in done.err

@@ -33,7 +33,7 @@ def chat(
     """Talk with a model. /help lists what can be typed; input may also come from a pipe, a message a line."""
     config.validate()
     llm = load_llm(config)
-    if llm.tokenizer.chat_template is None:
+    if llm.tokenizer.template_hash is None:
         raise LiushuiError(
             f"{config.model} has no chat template, so it cannot chat. Use an instruct model, give one with "
             "--chat-template FILE, or continue text with liushui generate"
@@ -41,7 +41,7 @@ def chat(
     for line in llm.startup_report():
         note(line)
     chosen = f"temperature {params.temperature}, top_p {params.top_p}, max_tokens {params.max_tokens}"
-    note(f"sampling: {chosen}. /help lists commands")
+    note(f"parameters: {chosen}. /help lists commands")
     Conversation(llm, params, system).run()
 
 

@@ -129,22 +129,22 @@ def _announce(
     for line in llm.startup_report():
         note(line)
     rows = "rows" if source.total is None else f"{source.total} rows"
-    has_template = llm.tokenizer.chat_template is not None
+    has_template = llm.tokenizer.template_hash is not None
     if template == "none":
-        how = "used as they are (--template none)"
+        how = "each as it is (--template none)"
     elif has_template:
-        how = "put into the model's chat template as a user's message (--template none: used as they are)"
+        how = "each a user's message in the model's chat template (--template none: as it is)"
     else:
-        how = "used as they are (the model has no chat template)"
-    note(f"prompts: {rows} of {source.name} ({source.form}), {how}")
+        how = "each as it is (the model has no chat template)"
+    note(f"input: {rows} of {source.name} ({source.form}), {how}")
     changed = {name: value for name, value in _shown(params).items() if value != getattr(SamplingParams(), name)}
     greedy = " (greedy)" if params.greedy else ""
     words = ", ".join(f"{name} {value}{greedy if name == 'temperature' else ''}" for name, value in changed.items())
-    note(f"sampling: {words or 'as SamplingParams()'}; a row's own parameters go first")
-    note(f"rows go to {writer.name}")
+    note(f"parameters: {words or 'those of SamplingParams()'}; a row's own go first")
+    note(f"output: {writer.name}")
     if verbose:
         note("engine: " + json.dumps(asdict(llm.config), default=str))
-        note("sampling: " + json.dumps(_shown(params), default=str))
+        note("parameters: " + json.dumps(_shown(params), default=str))
 
 
 def _conclude(tally: Tally, view: Any, writer: RowWriter) -> None:

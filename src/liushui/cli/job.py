@@ -46,7 +46,7 @@ class Job:
     ) -> None:
         self.llm = llm
         self.tally = Tally()
-        self.templated = template == "auto" and llm.tokenizer.chat_template is not None
+        self.templated = template == "auto" and llm.tokenizer.template_hash is not None
         self._emit = emit
         self._effective_params = effective_params
         self._rows: dict[int, Row] = {}
@@ -64,7 +64,10 @@ class Job:
         engine = self.llm.engine
         now = engine.clock()
         for index, (prompt, params) in enumerate(zip(self._prompts(rows), self._sampling(), strict=True)):
-            engine.submit(engine.prepare(prompt, params, now=now, index=index))
+            try:
+                engine.submit(engine.prepare(prompt, params, now=now, index=index))
+            except LiushuiError as error:
+                self._refuse(self._rows.pop(index), str(error))
         while engine.has_unfinished:
             for output in engine.step():
                 self._take(output, keep)
@@ -83,6 +86,10 @@ class Job:
             self.tally.failure(row.line)
         self._emit(record, output.error is not None)
 
+    def _refuse(self, row: Row | BadRow, message: str) -> None:
+        self.tally.failure(row.line)
+        self._emit(error_row(row, message), True)
+
     def _prompts(self, rows: Iterator[Row | BadRow]) -> Iterator[Any]:
         """Prompts for the engine, taken one by one; rows that cannot be prompts are reported on the way."""
         taken = 0
@@ -92,8 +99,7 @@ class Job:
                     raise LiushuiError(row.message)
                 prompt = self._prompt(row)
             except LiushuiError as error:
-                self.tally.failure(row.line)
-                self._emit(error_row(row, str(error)), True)
+                self._refuse(row, str(error))
                 continue
             self._rows[taken] = row
             self._params.append(row.params)
