@@ -30,7 +30,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def poisoned_outputs():
     """`torch.empty` gives NaN, so that an element nobody writes is seen."""
     torch.use_deterministic_algorithms(True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from liushui.kernels.ops import Ops, load_ops
 from tests.kernels.conftest import IMPLEMENTATIONS
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 WIDTHS = [1, 7, 16, 33, 576, 1001]
 

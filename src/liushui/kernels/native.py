@@ -32,6 +32,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
         *[c_int] * 2, c_void_p, c_long, c_void_p, c_long, *[c_int] * 3, c_void_p, c_void_p, c_long, c_int,
         c_void_p, c_void_p, c_void_p, c_int, c_int, c_float, c_int,
     ],
+    "panel": [],
+    "pack": [c_int, c_void_p, c_long, c_long, c_void_p],
+    "linear": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p, c_long],
 }  # fmt: skip
 
 
@@ -97,9 +100,12 @@ class NativeOps:
         self.threads = threads
         pool = "torch's" if shared_pool else "own"
         self.note = f"native kernels: {self.isa}, {threads} thread{'s' if threads > 1 else ''} ({pool} pool)"
-        self._norm, self._activation, self._to_cache, self._attention = (
-            self._function(library, name) for name in ("norm", "activation", "to_cache", "attention")
-        )
+        functions = {name: self._function(library, name) for name in _ARGUMENTS}
+        self._norm, self._activation = functions["norm"], functions["activation"]
+        self._to_cache, self._attention = functions["to_cache"], functions["attention"]
+        self._pack, self._linear = functions["pack"], functions["linear"]
+        self._panel = functions["panel"]()
+        self._layout = f"float32 panels of {self._panel}"
 
     def _function(self, library: ctypes.CDLL, name: str) -> Any:
         function = library[f"liushui_{name}_{self.isa}"]  # an own object, not the shared attribute
@@ -214,10 +220,28 @@ class NativeOps:
         return out
 
     def pack_linear(self, weight: Tensor) -> PackedLinear | None:
-        return None
+        """float32 [N, K] in panels of columns; None for bfloat16."""
+        if weight.dtype != torch.float32:
+            return None
+        _type_of(weight)
+        width, inner = weight.shape
+        panels = -(-width // self._panel)
+        packed = torch.empty((panels, inner, self._panel), dtype=torch.float32)
+        self._pack(self.threads, weight.data_ptr(), width, inner, packed.data_ptr())
+        return PackedLinear(packed, width, inner, weight.dtype, self._layout)
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
-        raise ValueError(f"packed for {packed.kind}, which the native kernels cannot read")
+        _type_of(x, packed.data, bias)
+        rows, inner = x.shape
+        width = packed.out_features
+        _check(packed.kind == self._layout, f"linear: packed as {packed.kind}, not {self._layout}")
+        _check(inner == packed.in_features, "linear: x is not [M, K]")
+        _check(bias is None or bias.shape == (width,), "linear: bias is not [N]")
+        out = torch.empty((rows, width), dtype=torch.float32)
+        self._linear(
+            self.threads, x.data_ptr(), rows, inner, packed.data.data_ptr(), _pointer(bias), out.data_ptr(), width
+        )  # fmt: skip
+        return out
 
 
 def _type_of(first: Tensor, *others: Tensor | None) -> int:

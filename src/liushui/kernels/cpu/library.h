@@ -13,6 +13,9 @@ void parallel(int threads, long tasks, void (*body)(void*, long), void* context)
 enum Slot { kWork = 0, kShared = 1, kSlots = 2 };
 void* scratch(Slot slot, size_t bytes);
 
+// Asks for large pages behind memory not yet written (fewer misses of the address cache when it is streamed).
+void use_huge_pages(void* memory, size_t bytes);
+
 // A share of one sequence's attention: `count` query tokens from packed row `row` (position `position`), one KV
 // head, the key splits [split_begin, split_end). `partial` is the first partial result it writes, or -1.
 struct AttentionTask {
