@@ -1,7 +1,7 @@
 """Start-up: every phase timed, every default that came from somewhere named."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from liushui.config import EngineConfig
 from liushui.core.blocks import BlockPool
+from liushui.core.plan import Executor
 from liushui.core.scheduler import Scheduler
 from liushui.engine.engine import Engine
 from liushui.engine.tokenizer import Tokenizer
@@ -63,14 +64,14 @@ class CheckpointFacts(Protocol):
     def describe(self) -> str: ...
 
 
-class RunnerFacts(Protocol):
-    """What a report says of a runner."""
+class RunnerFacts(Executor, Protocol):
+    """An executor that knows its sizes."""
 
-    @property
-    def notes(self) -> Sequence[str]: ...
-
-    @property
-    def max_model_len(self) -> int: ...
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    vocab_size: int
+    notes: list[str]
 
 
 def report(
@@ -130,6 +131,13 @@ def load(config: EngineConfig) -> Loaded:
         from liushui.runner.runner import Runner
     with phases("weights and KV cache"):
         runner = Runner.load(config, checkpoint)
+    engine = join(config, runner, tokenizer)
+    phases.close()
+    return Loaded(engine, tokenizer, report(config, checkpoint, tokenizer, runner, phases))
+
+
+def join(config: EngineConfig, runner: RunnerFacts, tokenizer: Tokenizer) -> Engine:
+    """Scheduler, runner and tokenizer as one engine."""
     scheduler = Scheduler(
         BlockPool(runner.num_blocks, runner.block_size),
         max_num_seqs=config.max_num_seqs,
@@ -138,9 +146,7 @@ def load(config: EngineConfig) -> Loaded:
         policy=config.policy,
         prefix_caching=config.prefix_caching,
     )
-    engine = Engine(config, scheduler, runner, tokenizer, vocab_size=runner.vocab_size)
-    phases.close()
-    return Loaded(engine, tokenizer, report(config, checkpoint, tokenizer, runner, phases))
+    return Engine(config, scheduler, runner, tokenizer, vocab_size=runner.vocab_size)
 
 
 def _template(config: EngineConfig) -> str | None:
