@@ -7,12 +7,13 @@ Times are seconds on the engine's clock. Writing costs one append of a tuple; no
 """
 
 import json
+from array import array
 from collections import deque
-from collections.abc import Iterable, MutableSequence
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from liushui.core.plan import StepPlan
 from liushui.core.request import FinishReason
@@ -54,13 +55,51 @@ class StepItem(NamedTuple):
     """Whether it gave a new token (False inside a prompt's chunks)."""
 
 
+class Items(Sequence[StepItem]):
+    """The items of a step in 16 to 24 bytes each (named tuples take 130): a night's log must fit in memory."""
+
+    __slots__ = ("_numbers", "seq_ids")
+
+    def __init__(self, plan: StepPlan, seq_ids: tuple[str, ...] = ()) -> None:
+        """`seq_ids`: those of the step before, to be shared if nobody came or went."""
+        own = tuple([item.seq_id for item in plan.items])
+        self.seq_ids = seq_ids if own == seq_ids else own
+        self._numbers = array("I")
+        for item in plan.items:
+            self._numbers.extend((item.slot, item.start, item.num_tokens, item.samples))
+
+    def __len__(self) -> int:
+        return len(self.seq_ids)
+
+    @overload
+    def __getitem__(self, place: int) -> StepItem: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[StepItem]: ...
+    def __getitem__(self, place: int | slice) -> StepItem | Sequence[StepItem]:
+        return tuple(self)[place]
+
+    def __iter__(self) -> Iterator[StepItem]:
+        numbers = iter(self._numbers)
+        for seq_id, slot, start, count, samples in zip(self.seq_ids, numbers, numbers, numbers, numbers, strict=True):
+            yield StepItem(seq_id, slot, start, count, bool(samples))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 class StepRecord(NamedTuple):
     step_id: int
     start: float
     """Handed to the executor."""
     end: float
     """Result there. With steps in flight the next may have started before."""
-    items: tuple[StepItem, ...]
+    items: Sequence[StepItem]
     waiting: int
     """Sequences left in the queue when the step was planned."""
     running: int
@@ -95,13 +134,15 @@ class EventLog:
         self.events: MutableSequence[SequenceEvent] = [] if limit is None else deque(maxlen=limit)
         self.steps: MutableSequence[StepRecord] = [] if limit is None else deque(maxlen=limit)
         self._total = Mark(0, 0)
+        self._seq_ids: tuple[str, ...] = ()
 
     def add(self, event: SequenceEvent) -> None:
         self.events.append(event)
         self._total = Mark(self._total.events + 1, self._total.steps)
 
     def add_step(self, plan: StepPlan, start: float, end: float, waiting: int, running: int, free_blocks: int) -> None:
-        items = tuple([StepItem(i.seq_id, i.slot, i.start, i.num_tokens, i.samples) for i in plan.items])
+        items = Items(plan, self._seq_ids)
+        self._seq_ids = items.seq_ids
         self.steps.append(StepRecord(plan.step_id, start, end, items, waiting, running, free_blocks))
         self._total = Mark(self._total.events, self._total.steps + 1)
 
@@ -133,7 +174,7 @@ class EventLog:
         for event in self.events:
             yield {"event": {key: value for key, value in event._asdict().items() if value is not None}}
         for step in self.steps:
-            yield {"step": step._asdict()}
+            yield {"step": step._asdict() | {"items": list(step.items)}}
 
     @classmethod
     def read(cls, path: Path) -> "EventLog":

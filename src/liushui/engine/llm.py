@@ -185,6 +185,7 @@ class LLM:
             for output in self._run(iter(prepared), lambda: progress.update(self.engine, len(outputs))):
                 if isinstance(output, RequestOutput):
                     outputs[output.index] = output
+                    progress.update(self.engine, len(outputs))
         return [outputs[item.index] for item in prepared]
 
     def _deltas(self, prepared: Prepared) -> Iterator[StreamDelta]:
