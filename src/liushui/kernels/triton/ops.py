@@ -1,0 +1,88 @@
+"""`Ops` on an NVIDIA GPU."""
+
+import torch
+from torch import Tensor
+
+from liushui.kernels.ops import PackedLinear
+from liushui.kernels.triton import attention, cache, common, products, rows
+
+
+class TritonOps:
+    """See `kernels.ops.Ops`. Tensors are on one CUDA device (or, under Triton's interpreter, on the CPU).
+
+    Padding rows of `attention` that belong to no sequence come out undefined; they touch no other row.
+    """
+
+    name = "triton"
+    threads = 1
+
+    def __init__(self, device: torch.device, max_num_seqs: int = 1024) -> None:
+        self.device = device
+        self.chained = common.pdl(device)
+        self.note = "Triton kernels"
+        self._arrived = torch.zeros(max_num_seqs * 256, dtype=torch.int32, device=device)
+        self.certificates: dict[tuple[int, int, torch.dtype, bool], products.Certificate] = {}
+        # The vendor's products must not round partial sums to 16 bits: the certificates would refuse them all.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, unit_offset: bool = False
+    ) -> Tensor:
+        return rows.rms_norm(x, weight, eps, residual, unit_offset, self.chained)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+        return rows.layer_norm(x, weight, bias, eps, residual, self.chained)
+
+    def qkv_to_cache(
+        self, qkv: Tensor, num_heads: int, num_kv_heads: int, head_dim: int, positions: Tensor, slots: Tensor,
+        k_cache: Tensor, v_cache: Tensor, rope: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None,
+        eps: float,
+    ) -> None:  # fmt: skip
+        cache.qkv_to_cache(
+            qkv, num_heads, num_kv_heads, head_dim, positions, slots, k_cache, v_cache, rope, q_norm, k_norm, eps,
+            self.chained,
+        )  # fmt: skip
+
+    def attention(
+        self, qkv: Tensor, num_heads: int, num_kv_heads: int, head_dim: int, k_cache: Tensor, v_cache: Tensor,
+        query_start: Tensor, seq_lens: Tensor, block_table: Tensor, scale: float, window: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        shape = attention.Shape(num_heads, num_kv_heads, head_dim, k_cache.shape[2])
+        out = qkv.new_empty(qkv.shape[0], num_heads * head_dim)
+        batch = (qkv, k_cache, v_cache, out, query_start, seq_lens, block_table, scale, window)
+        if seq_lens.shape[0]:
+            attention.decode(shape, *batch, self._arrived, self.chained)
+            if qkv.shape[0] > seq_lens.shape[0]:  # else every sequence feeds one token
+                attention.chunks(shape, *batch, self.chained)
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return rows.activate(gate_up, True, "silu", self.chained)
+
+    def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
+        return rows.activate(gate_up, True, "gelu", self.chained)
+
+    def gelu_new(self, x: Tensor) -> Tensor:
+        return rows.activate(x, False, "gelu", self.chained)
+
+    def pack_linear(self, weight: Tensor) -> PackedLinear:
+        """The weight as it is: nothing is copied."""
+        return PackedLinear(weight, weight.shape[0], weight.shape[1], weight.dtype, "triton")
+
+    def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+        weight = packed.data
+        if self.certificate(weight, bias).allows(x.shape[0], weight, bias):
+            return torch.nn.functional.linear(x, weight, bias)
+        return products.product(x, weight, bias, self.chained)
+
+    def certificate(self, weight: Tensor, bias: Tensor | None) -> products.Certificate:
+        key = (*weight.shape, weight.dtype, bias is not None)
+        return self.certificates.setdefault(key, products.Certificate())  # type: ignore[arg-type]
+
+    def report(self) -> list[str]:
+        """One line for each weight shape: which row counts the vendor's product serves."""
+        return [
+            f"product {n} x {k}{' + bias' if biased else ''}: {found.describe()}"
+            for (n, k, _, biased), found in self.certificates.items()
+        ]

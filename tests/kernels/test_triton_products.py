@@ -1,0 +1,64 @@
+"""The ordered product: against float64, the same bits for any rows and tiles, fused forms equal the separate ones."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from liushui.kernels.triton import products
+from liushui.kernels.triton.products import Tiles, product
+from tests.kernels.triton_support import COMPILED, DTYPES, MARK, TOLERANCE, close, fill, on_device, ops, same
+
+pytestmark = MARK
+
+TILES = [Tiles(64, 16, 64, 4, 2), Tiles(32, 16, 128, 4, 3), Tiles(16, 16, 128, 4, 3), Tiles(64, 64, 64, 4, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "outputs", "k"), [(1, 1, 16), (5, 70, 100), (33, 130, 256)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_against_float64(dtype: torch.dtype, rows: int, outputs: int, k: int, biased: bool) -> None:
+    x, weight, bias = fill(rows, k, dtype=dtype), fill(outputs, k, dtype=dtype), fill(outputs, dtype=dtype)
+    expected = x.double() @ weight.double().T + (bias.double() if biased else 0)
+    got = product(on_device(x), on_device(weight), on_device(bias) if biased else None, ops().chained)
+    close(got, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.skipif(not COMPILED, reason="the interpreter's sums are numpy's")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bits_do_not_depend_on_rows_or_tiles(dtype: torch.dtype) -> None:
+    x, weight = on_device(fill(300, 2048, dtype=dtype)), on_device(fill(640, 2048, dtype=dtype))
+    whole = product(x, weight, None, ops().chained, products.REFERENCE)
+    for tiles in TILES:
+        for rows in (1, 7, 64, 300):
+            assert torch.equal(product(x[:rows], weight, None, ops().chained, tiles), whole[:rows]), tiles
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_forms_equal_the_separate_kernels(dtype: torch.dtype) -> None:
+    """norm into product, gate and up into SwiGLU, residual into product: bit for bit."""
+    rows, k, inner = 3, 96, 40
+    x, factor = on_device(fill(rows, k, dtype=dtype)), on_device(fill(k, dtype=dtype))
+    weight, residual = on_device(fill(2 * inner, k, dtype=dtype) * 0.2), on_device(fill(rows, 2 * inner, dtype=dtype))
+    tiles, chained = products.REFERENCE if dtype != torch.float32 else None, ops().chained
+    normed = ops().rms_norm(x, factor, 1e-5)
+    separate = product(normed, weight, None, chained, tiles)
+    same(product(x, weight, None, chained, tiles, norm=factor, eps=1e-5), separate)
+    gated = product(x, weight, None, chained, tiles, norm=factor, eps=1e-5, gated=True)
+    same(gated, ops().silu_mul(separate))
+    added = product(normed, weight, None, chained, tiles, residual=residual.clone())
+    same(added, (separate.float() + residual.float()).to(dtype))
+
+
+def test_certificates_are_taken_for_buckets_only() -> None:
+    dtype = torch.bfloat16 if COMPILED else torch.float32
+    weight = on_device(fill(64, 128, dtype=dtype))
+    packed = ops().pack_linear(weight)
+    for rows in (1, 3, 4, 50):
+        x = fill(rows, 128, dtype=dtype)
+        close(ops().linear(on_device(x), packed), x.double() @ weight.cpu().double().T, TOLERANCE[dtype])
+    certificate = ops().certificate(weight, None)
+    assert set(certificate.verdicts) == {1, 3, 4, 50}
+    assert not certificate.verdicts[3]
+    assert not certificate.verdicts[50]
+    assert "own" in certificate.describe()
