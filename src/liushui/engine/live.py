@@ -1,7 +1,6 @@
 """`LiveRequest`: a request between its admission and its output."""
 
 from liushui.core.plan import TokenLogprobs
-from liushui.core.request import FinishReason
 from liushui.core.sequence import Sequence
 from liushui.engine.answer import Answer, prompt_logprobs
 from liushui.engine.inputs import Prepared
@@ -92,9 +91,7 @@ class LiveRequest:
         )
 
 
-def refused(
-    error: Exception, *, request_id: str, index: int, prompt: object, reason: FinishReason = FinishReason.ERROR
-) -> RequestOutput:
+def refused(error: Exception, *, request_id: str, index: int, prompt: object) -> RequestOutput:
     """The output of a request that was never accepted."""
     return RequestOutput(
         request_id=request_id,
@@ -102,5 +99,5 @@ def refused(
         prompt=prompt if isinstance(prompt, str) else None,
         prompt_token_ids=[],
         outputs=[],
-        error=f"{reason.value}: {error}" if not str(error) else str(error),
+        error=str(error) or type(error).__name__,
     )
