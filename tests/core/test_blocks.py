@@ -138,6 +138,16 @@ def test_collisions_are_proved_wrong_by_the_tokens(monkeypatch: pytest.MonkeyPat
     pool.check([table, [1]])
 
 
+def test_what_follows_a_collision_is_not_taken_for_a_continuation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("liushui.core.blocks.chain_digest", lambda parent, content: content[-4:])  # the last token
+    pool = BlockPool(8, 2)
+    first = published(pool, [1, 9])
+    second = published(pool, [2, 9, 3, 4])
+    assert hits(pool, [1, 9, 3, 4, 5]) == first
+    assert hits(pool, [2, 9, 3, 4, 5]) == []
+    pool.check([first, second])
+
+
 def test_the_seed_and_the_form_of_the_hash_are_fixed() -> None:
     """Replicas may compare prefixes by digest, today and after an upgrade."""
     prefix = Prefix.root("tenant").then([1, 2, 3, 4])

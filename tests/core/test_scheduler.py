@@ -71,6 +71,30 @@ def test_slots_are_the_lowest_free_and_stay() -> None:
     world.run()
 
 
+def test_of_several_free_slots_the_lowest_is_taken() -> None:
+    world = World(max_num_seqs=3)
+    world.add(make("a", 2, 2), make("b", 2, 9), make("c", 2, 1), make("d", 2, 9))
+    world.step()
+    world.abort("d")
+    world.step()
+    world.add(make("e", 2, 1))
+    world.step()
+    assert world.plans[-1].items[-1].seq_id == "e"
+    assert world.plans[-1].items[-1].slot == 0
+    world.run()
+
+
+def test_without_budget_nobody_is_preempted_for_a_block() -> None:
+    world = World(num_blocks=4, block_size=4, max_num_batched_tokens=4, reckless=True)
+    world.add(make("a", 1, 9), make("b", 4, 5), make("c", 4, 5))
+    world.scheduler.max_num_batched_tokens = 9
+    world.step()
+    world.scheduler.max_num_batched_tokens = 1
+    assert shape(world.step()) == [("a", 1, 1)]
+    assert [len(world.sequences[name].block_table) for name in "abc"] == [1, 1, 1]
+    world.run()
+
+
 def test_the_runner_is_told_once_and_forgets_once() -> None:
     world = World()
     world.add(make("a", 2, 1), make("b", 2, 3))
@@ -469,6 +493,19 @@ def test_a_preempted_sequence_may_be_finished() -> None:
     world.step()
     world.finish("c")
     assert (world.scheduler.num_waiting, list(world.finished)) == (0, ["c"])
+    world.run()
+
+
+def test_on_return_the_cached_tokens_told_are_those_of_the_prompt() -> None:
+    world = World(block_size=4)
+    world.add(make("a", 5, 9))
+    for _ in range(5):
+        world.step()
+    world.scheduler._preempt(world.sequences["a"])
+    plan = world.step()
+    assert plan is not None
+    assert (shape(plan), plan.admitted) == ([("a", 8, 2)], (("a", 5),))
+    assert world.scheduler.num_hit_tokens == 8
     world.run()
 
 

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liushui.core.request import FinishReason
+from liushui.core.sequence import Status
 from tests.core.world import World, make, shape
 
 
@@ -61,14 +62,29 @@ def test_a_preempted_member_returns_to_its_group() -> None:
     assert list(world.finished) == ["a", "b", "c", "d"]
 
 
-def test_the_next_group_has_every_slot_also_ahead_of_results() -> None:
-    world = World(policy="static", depth=2, max_num_seqs=2)
-    world.add(*(make(name, 2, 4) for name in "abcd"))
+def test_who_is_done_waits_for_a_preempted_member_and_nobody_else_comes() -> None:
+    world = World(num_blocks=4, block_size=4, policy="static", reckless=True)
+    world.add(make("a", 7, 6), make("b", 7, 3))
+    world.step()
+    world.add(make("c", 1, 1, priority=-1))
+    while world.sequences["a"].status is not Status.HELD:
+        world.step()
+    assert (world.scheduler.num_preemptions, world.scheduler.num_running, world.finished) == (1, 0, {})
+    plan = world.step()
+    assert plan is not None
+    assert [seq_id for seq_id, _ in plan.admitted] == ["b"]
     world.run()
-    assert [[seq_id for seq_id, _ in plan.admitted] for plan in world.plans if plan.admitted] == [
-        ["a", "b"],
-        ["c", "d"],
-    ]
+    assert list(world.finished) == ["a", "b", "c"]
+
+
+def test_the_next_group_has_every_slot_also_after_a_late_stop() -> None:
+    world = World(policy="static", depth=2, max_num_seqs=2)
+    for i, name in enumerate("abcd"):
+        world.add(make(name, 2, 9, stop_token_ids=tuple(range(12)), min_tokens=2 * i))
+    world.run()
+    groups = [[seq_id for seq_id, _ in plan.admitted] for plan in world.plans if plan.admitted]
+    assert groups == [["a", "b"], ["c", "d"]]
+    assert world.seen["late stops"] > 0
 
 
 def test_the_abort_of_the_last_lets_the_others_go() -> None:

@@ -168,7 +168,7 @@ class Scheduler:
         for seq in rests:
             if seq.status is Status.RUNNING:
                 draft.feed(seq)
-        batch_empty = not (self._running or self._held or self._plans)
+        batch_empty = not (self._running or self._plans)
         for seq in self.policy.entrants(self._waiting, batch_empty):
             if not (draft.budget or self.policy.together) or not self._admit(seq, draft, now):
                 break
@@ -185,9 +185,9 @@ class Scheduler:
     def update(self, plan: StepPlan, tokens: Mapping[str, Seq[int]]) -> list[Event]:
         """Take in the result of the oldest plan in flight: learn, publish, end, give back.
 
-        `tokens[seq_id]`: the one new token of each item that samples. Items of sequences that have ended since
-        (a stop found late, `abort`) need no entry; what they have is discarded. Events are in batch order, the
-        ends last. Raises `RuntimeError` for a plan out of turn.
+        `tokens[seq_id]`: the one new token of each item that samples. Items of sequences that have ended since (a stop
+        found late, `abort`; those of `StepResult.errors` are aborted before) need no entry; what they have is
+        discarded. Events are in batch order, the ends last. Raises `RuntimeError` for a plan out of turn.
         """
         if not self._plans or self._plans[0] is not plan:
             expected = self._plans[0].step_id if self._plans else "none"
@@ -316,7 +316,7 @@ class Scheduler:
             return
         self.pool.release(seq.block_table)
         seq.block_table = []
-        seq.num_published = seq.num_computed = 0
+        seq.num_computed = 0
         if seq.status is Status.HELD:
             return
         if seq.slot >= 0:
