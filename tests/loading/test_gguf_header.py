@@ -145,7 +145,7 @@ def mutated(data: bytes, mutations: list[Mutation], span: int) -> bytes:
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mutations=MUTATIONS, everywhere=st.booleans())
 def test_a_damaged_file_is_a_model_error_or_works(
     tmp_path: Path, model: str, mutations: list[Mutation], everywhere: bool

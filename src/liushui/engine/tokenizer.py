@@ -62,9 +62,10 @@ class Tokenizer:
         if not isinstance(text, str):
             raise ParameterError("prompt", f"must be text, got {type(text).__name__}")
         try:
-            ids: list[int] = self.raw.encode(text, add_special_tokens=False).ids
+            text.encode()  # tokenizers takes half of a surrogate pair for something that is no string
         except UnicodeEncodeError as error:
             raise ParameterError("prompt", f"is not valid Unicode: {error.reason} at {error.start}") from error
+        ids: list[int] = self.raw.encode(text, add_special_tokens=False).ids
         if add_special_tokens and self.add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             return [self.bos_token_id, *ids]
         return ids
