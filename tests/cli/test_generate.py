@@ -142,7 +142,7 @@ def test_extras_are_saved(liushui, engine_flags, prompts, tmp_path):
         (["PROMPTS", "--top-p", "7"], "--top-p: must be in"),
         (["PROMPTS", "--top-p", "x"], "--top-p"),
         (["PROMPTS", "--policy", "best"], "--policy"),
-        (["PROMPTS", "--block-size", "17"], "block_size: must be a power of two"),
+        (["PROMPTS", "--block-size", "17"], "--block-size: must be a power of two"),
         (["PROMPTS", "--no-such-flag"], "--no-such-flag"),
         (["PROMPTS", "--model", "/no/such/folder"], "/no/such/folder"),
         (["PROMPTS", "-o", "/no/such/folder/out"], "does not exist"),

@@ -1,7 +1,8 @@
 """`liushui chat`: a conversation in the terminal, streamed."""
 
+import importlib
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Annotated, Any
 
 import typer
@@ -24,14 +25,13 @@ CHAT_SKIPS = frozenset({"n", "logprobs", "prompt_logprobs"})
 """Parameters that a terminal cannot show."""
 
 
-@with_flags(engine_group(), sampling_group(CHAT_SKIPS, temperature=0.7, top_p=0.95, max_tokens=512))
+@with_flags(engine_group(max_num_seqs=1), sampling_group(CHAT_SKIPS, temperature=0.7, top_p=0.95, max_tokens=512))
 def chat(
     config: EngineConfig,
     params: SamplingParams,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
 ) -> None:
     """Talk with a model. /help lists what can be typed; input may also come from a pipe, a message a line."""
-    config.validate()
     llm = load_llm(config)
     if llm.tokenizer.template_hash is None:
         raise LiushuiError(
@@ -60,7 +60,11 @@ class Conversation:
 
     def run(self) -> None:
         """Until /exit or the end of the input."""
-        prompt = "> " if sys.stdin.isatty() else ""
+        prompt = ""
+        if sys.stdin.isatty():
+            prompt = "> "
+            with suppress(ImportError):
+                importlib.import_module("readline")  # gives input() history and editing
         while True:
             try:
                 text = input(prompt).strip()

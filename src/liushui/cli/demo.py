@@ -49,7 +49,6 @@ def demo(
     Both runs have the same model, prompts, seats (--max-num-seqs) and kernels, and all prompts are there from the
     start. Exit code 1 if an answer differs between the two by a single token.
     """
-    config.validate()
     path = prompts or Path(str(SHIPPED))
     out.mkdir(parents=True, exist_ok=True)
     note(f"Part 1: continuous batching. Whoever is done leaves; the next sits down. {config.max_num_seqs} seats.")
@@ -80,7 +79,7 @@ def run(config: EngineConfig, path: Path, out: Path, *, report: bool) -> Run:
     writer.open()
     with Source(str(path)) as source:
         rows = list(read_rows(iter(source), source.form, SamplingParams(temperature=0, max_tokens=128)))
-    view = View(Meter(llm.timeline()), len(rows), title=f"{config.policy:<10}")
+    view = View(Meter(llm.engine), len(rows), title=f"{config.policy:<10}")
 
     def emit(record: dict[str, Any], failed: bool) -> None:
         writer.write(record)

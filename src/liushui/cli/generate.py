@@ -65,7 +65,6 @@ def generate(
     Exit code: 0 all rows answered; 1 some rows failed, or the output could not be written; 2 a mistake in the
     command, nothing was done; 130 interrupted, the rows that were finished are kept.
     """
-    config.validate()
     to_stdout = output is None or str(output) == "-"
     writer = RowWriter(None if to_stdout else output, overwrite, None if prompts == "-" else prompts)
     _check_extras(timeline, json_report)
@@ -96,7 +95,7 @@ def _run(
     """Answer all rows; returns the exit code."""
     from liushui.cli.progress import View
 
-    view = View(Meter(llm.timeline()), source.total, quiet=quiet)
+    view = View(Meter(llm.engine), source.total, quiet=quiet)
 
     def emit(row: dict[str, Any], failed: bool) -> None:
         with deferred_interrupt():

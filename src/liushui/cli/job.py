@@ -134,19 +134,17 @@ class Load:
 
 
 class Meter:
-    """The engine's load from its event log, counting each step once."""
+    """The engine's load; output tokens are counted from its event log, each step once."""
 
-    def __init__(self, log: Any) -> None:
-        self._log = log
-        self._seen = len(log.steps)
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._seen = len(engine.log.steps)
         self._tokens = 0
 
     def __call__(self) -> Load:
-        steps = self._log.steps
+        steps, scheduler = self._engine.log.steps, self._engine.scheduler
         count = len(steps)
         for number in range(self._seen, count):
             self._tokens += sum(item.samples for item in steps[number].items)
         self._seen = count
-        if not count:
-            return Load(0, 0, 0)
-        return Load(steps[count - 1].running, steps[count - 1].waiting, self._tokens)
+        return Load(scheduler.num_running, scheduler.num_waiting, self._tokens)

@@ -98,7 +98,7 @@ class Group:
         return [self.flag(name)] + (["-m"] if name == "model" else [])
 
     def build(self, given: Mapping[str, Any]) -> Any:
-        """The settings object from parsed flags; errors name the flag."""
+        """The validated settings object from parsed flags; errors name the flag."""
         values = {
             item.name: given[self.keyword(item.name)] for item in fields(self.cls) if self.keyword(item.name) in given
         }
@@ -107,7 +107,8 @@ class Group:
         try:
             if isinstance(values.get("logit_bias"), str):
                 values["logit_bias"] = _json_object("logit_bias", values["logit_bias"])
-            return self.cls(**values)
+            made = self.cls(**values)
+            return made.validate() if isinstance(made, EngineConfig) else made
         except ParameterError as error:
             raise self.named(error) from None
 

@@ -66,7 +66,11 @@ class View:
             self._bar.update(self._task, completed=self.done)
         elif not self._quiet and time.monotonic() - self._told >= LINE_EVERY:
             self._told = time.monotonic()
-            self._console.print(f"{self.rows()}, {self.speed()}", highlight=False, soft_wrap=True)
+            self._console.print(f"{self.label}{self.rows()}, {self.speed()}", highlight=False, soft_wrap=True)
+
+    @property
+    def label(self) -> str:
+        return f"{self.title}  " if self.title else ""
 
     @property
     def seconds(self) -> float:
@@ -91,8 +95,7 @@ class _Words(ProgressColumn):
         self.view = view
 
     def render(self, task: Task) -> Text:
-        title = f"{self.view.title}  " if self.view.title else ""
-        return Text(title + self.view.speed())
+        return Text(self.view.label + self.view.speed())
 
 
 class _Rows(ProgressColumn):
