@@ -261,6 +261,7 @@ def test_sentencepiece_same_as_transformers(tmp_path: Path) -> None:
         ({"model": "gpt2", "pre": "llama-bpe"}, True),
         ({"model": "gpt2", "pre": "tekken"}, True),
         ({"model": "gpt2"}, False),
+        ({"model": "gpt2", "pre": ["llama-bpe"]}, False),
     ],
 )
 def test_bos_where_the_file_does_not_say(metadata: dict[str, Any], expected: bool) -> None:

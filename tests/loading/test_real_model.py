@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import gguf
+import gguf.quants
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 
 from liushui.loading import Checkpoint, open_checkpoint
+from tests.loading.gguf_models import interleaved
 from tests.loading.test_gguf_tokenizer import TRICKY
 
 pytestmark = pytest.mark.real_model
@@ -72,6 +74,16 @@ def test_facts(checkpoint: Checkpoint) -> None:
     assert len(checkpoint.names()) == 272
 
 
+def decoded(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """The tensor in the file's own layout, by the gguf package."""
+    tensor = checkpoint._tensors[name][0]  # type: ignore[attr-defined]
+    with checkpoint.path.open("rb") as file:
+        file.seek(tensor.offset)
+        raw = np.frombuffer(file.read(tensor.nbytes), np.uint8).reshape(*tensor.shape[:-1], -1)
+    values = raw.view(np.float32) if tensor.type.name == "F32" else raw
+    return gguf.quants.dequantize(values, gguf.GGMLQuantizationType[tensor.type.name]).reshape(tensor.shape)
+
+
 @pytest.mark.parametrize(
     ("name", "stored"),
     [
@@ -82,28 +94,13 @@ def test_facts(checkpoint: Checkpoint) -> None:
     ],
 )
 def test_tensors_as_the_gguf_package_decodes_them(checkpoint: Checkpoint, name: str, stored: str) -> None:
-    tensor = checkpoint._tensors[name][0]  # type: ignore[attr-defined]
-    assert tensor.name == stored
-    with checkpoint.path.open("rb") as file:
-        file.seek(tensor.offset)
-        raw = np.frombuffer(file.read(tensor.nbytes), np.uint8).reshape(*tensor.shape[:-1], -1)
-    if tensor.type.name == "F32":
-        raw = raw.view(np.float32)
-    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[tensor.type.name]).reshape(tensor.shape)
-    assert np.array_equal(checkpoint.load(name, torch.float32).numpy(), expected)
+    assert checkpoint._tensors[name][0].name == stored  # type: ignore[attr-defined]
+    assert np.array_equal(checkpoint.load(name, torch.float32).numpy(), decoded(checkpoint, name))
 
 
-def test_one_layer_as_transformers_loads_it(checkpoint: Checkpoint) -> None:
-    """The rotary rows against transformers' own un-permutation."""
-    from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
-
-    processor = LlamaTensorProcessor(config={"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576})
-    for kind, heads in (("q", 9), ("k", 3)):
-        tensor = checkpoint._tensors[f"model.layers.3.self_attn.{kind}_proj.weight"][0]  # type: ignore[attr-defined]
-        with checkpoint.path.open("rb") as file:
-            file.seek(tensor.offset)
-            raw = np.frombuffer(file.read(tensor.nbytes), np.uint8).reshape(tensor.shape[0], -1)
-        stored = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[tensor.type.name])
-        expected = processor._reverse_permute_weights(stored, heads, heads)
-        loaded = checkpoint.load(f"model.layers.3.self_attn.{kind}_proj.weight", torch.float32).numpy()
-        assert np.array_equal(loaded, expected)
+@pytest.mark.parametrize(("kind", "heads"), [("q", 9), ("k", 3)])
+def test_rotary_rows_put_back_are_those_of_the_file(checkpoint: Checkpoint, kind: str, heads: int) -> None:
+    name = f"model.layers.3.self_attn.{kind}_proj.weight"
+    loaded = checkpoint.load(name, torch.float32).numpy()
+    assert np.array_equal(interleaved(loaded, heads), decoded(checkpoint, name))
+    assert not np.array_equal(loaded, decoded(checkpoint, name))

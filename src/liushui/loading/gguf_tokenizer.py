@@ -72,7 +72,8 @@ def adds_bos(metadata: Mapping[str, Any]) -> bool:
         return flag
     if metadata.get("tokenizer.ggml.model") == "llama":
         return True
-    return _PRES.get(metadata.get("tokenizer.ggml.pre", "default"), _Pre()).add_bos
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    return isinstance(name, str) and name in _PRES and _PRES[name].add_bos
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
