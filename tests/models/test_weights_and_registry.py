@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from liushui.errors import ModelError, WeightError
+from liushui.layers import weights as weights_module
+from liushui.layers.weights import Weights
 from liushui.models.registry import ARCHITECTURES, architecture, sizes
 from tests.support import tiny
 
@@ -32,7 +34,9 @@ def test_an_extra_tensor_is_named() -> None:
 def test_a_misshapen_tensor_is_named_with_both_shapes() -> None:
     point = tiny.checkpoint(tiny.oracle("gpt2"))
     point.tensors["transformer.h.2.attn.c_attn.weight"] = torch.zeros(144, 48)
-    with pytest.raises(WeightError, match=r"c_attn\.weight has shape \[144, 48\], the model's config asks for \[48, 144\]"):
+    with pytest.raises(
+        WeightError, match=r"c_attn\.weight has shape \[144, 48\], the model's config asks for \[48, 144\]"
+    ):
         _load(point)
 
 
@@ -62,3 +66,36 @@ def test_unknown_rope_scaling_is_refused(kind: str) -> None:
     point.config["rope_parameters"] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ModelError, match=f"rope_scaling: type '{kind}'"):
         _load(point)
+
+
+def test_reading_ahead_gives_every_tensor_once_in_any_order_and_its_own_errors() -> None:
+    tensors = {f"t{i}": torch.full((1000,), float(i)) for i in range(50)}
+
+    def load(name: str, dtype: torch.dtype) -> torch.Tensor:
+        if name == "t7":
+            raise WeightError("tensor t7 is damaged")
+        return tensors[name].to(dtype)
+
+    weights = Weights(tensors, lambda name: tuple(tensors[name].shape), load, torch.float32)
+    for i in [*range(49, 24, -1), *range(25)]:
+        if i == 7:
+            with pytest.raises(WeightError, match="t7 is damaged"):
+                weights.take("t7", 1000)
+        else:
+            assert torch.equal(weights.take(f"t{i}", 1000), tensors[f"t{i}"])
+    weights.finish()
+    weights.close()
+
+
+def test_reading_ahead_stops_when_the_model_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "READ_AHEAD_BYTES", 1)
+    read: list[str] = []
+
+    def load(name: str, dtype: torch.dtype) -> torch.Tensor:
+        read.append(name)
+        return torch.zeros(10, dtype=dtype)
+
+    weights = Weights([f"t{i}" for i in range(50)], lambda name: (10,), load, torch.float32)
+    weights.take("t0", 10)
+    weights.close()
+    assert len(read) < 50

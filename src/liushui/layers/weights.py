@@ -1,7 +1,9 @@
 """Named tensors handed to a model while it builds itself: each asked for once, by name and shape."""
 
 import re
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 
 import torch
 
@@ -11,6 +13,71 @@ from liushui.errors import WeightError
 _IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
 
+READ_AHEAD_BYTES = 128 * 2**20
+"""Decoded tensors that may wait for the model: enough to keep both busy, little beside the model itself."""
+
+Load = Callable[[str, torch.dtype], torch.Tensor]
+
+
+class ReadAhead:
+    """Decodes tensors on a second thread, in the order of the checkpoint, while the model packs those it has.
+
+    Models ask in nearly that order. A tensor asked for out of turn is decoded at once by the asker, so the order is
+    a matter of speed alone.
+    """
+
+    def __init__(self, names: Iterable[str], load: Load, dtype: torch.dtype) -> None:
+        self._load, self._dtype = load, dtype
+        self._queue = list(names)
+        self._ahead: dict[str, Future[torch.Tensor]] = {}
+        self._taken: set[str] = set()
+        self._bytes = 0
+        self._closed = False
+        self._change = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="liushui-read-ahead", daemon=True)
+        self._thread.start()
+
+    def take(self, name: str) -> torch.Tensor:
+        """The tensor `name`. Raises what decoding it raised."""
+        with self._change:
+            self._taken.add(name)
+            future = self._ahead.pop(name, None)
+        if future is None:
+            return self._load(name, self._dtype)
+        tensor = future.result()
+        with self._change:
+            self._bytes -= tensor.nbytes
+            self._change.notify()
+        return tensor
+
+    def close(self) -> None:
+        """Stop reading and drop what is left."""
+        with self._change:
+            self._closed = True
+            self._change.notify()
+        self._thread.join()
+        self._ahead.clear()
+
+    def _run(self) -> None:
+        for name in self._queue:
+            with self._change:
+                self._change.wait_for(lambda: self._closed or self._bytes < READ_AHEAD_BYTES)
+                if self._closed:
+                    return
+                if name in self._taken:
+                    continue
+                future: Future[torch.Tensor] = Future()
+                self._ahead[name] = future
+            try:
+                tensor = self._load(name, self._dtype)
+            except Exception as error:  # the asker's to see
+                future.set_exception(error)
+                continue
+            with self._change:
+                self._bytes += tensor.nbytes
+            future.set_result(tensor)
+
+
 class Weights:
     """Strict access to a checkpoint: a missing or misshapen tensor raises at once, an extra one at `finish`."""
 
@@ -18,13 +85,21 @@ class Weights:
         self,
         names: Iterable[str],
         shape: Callable[[str], tuple[int, ...]],
-        load: Callable[[str, torch.dtype], torch.Tensor],
+        load: Load,
         dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> None:
-        self.dtype = dtype
-        self._left = set(names)
+        """`dtype`: of what is taken; `device`: where it goes (default: the CPU)."""
+        self.dtype, self.device = dtype, device or torch.device("cpu")
+        ordered = list(names)
+        self._left = set(ordered)
         self._shape = shape
         self._load = load
+        self._ahead = ReadAhead(ordered, load, dtype)
+
+    def close(self) -> None:
+        """Free what was read ahead; no tensor can be taken afterwards."""
+        self._ahead.close()
 
     def __contains__(self, name: str) -> bool:
         return name in self._left
@@ -37,7 +112,8 @@ class Weights:
         if found != shape:
             raise WeightError(f"tensor {name} has shape {list(found)}, the model's config asks for {list(shape)}")
         self._left.discard(name)
-        return self._load(name, dtype or self.dtype)
+        tensor = self._ahead.take(name) if dtype in (None, self.dtype) else self._load(name, dtype)
+        return tensor.to(self.device)
 
     def take_rows(self, names: Iterable[str], rows: Iterable[int], *rest: int) -> torch.Tensor:
         """Several tensors [rows[i], *rest] as one, stacked along the rows: products that share their input."""
