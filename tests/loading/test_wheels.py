@@ -44,7 +44,7 @@ class Shelf:
         self.root, self.monkeypatch = root, monkeypatch
         self.go = root / "go"
         monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
-        monkeypatch.setattr(wheels, "_POLL_SECONDS", 0.0)
+        monkeypatch.setattr(wheels, "_POLL_SECONDS", 0.002)
         self.parts = tuple(self._wheel(i, body) for i, body in enumerate(BODY))
         self.use(1)
         self.pip()
