@@ -36,7 +36,7 @@ class KernelPolicy:
             return lambda x: ops.linear(x, packed, bias)
         self._linear_kinds.add("vendor product in certified row counts")
         key = (*weight.shape, weight.dtype, bias is None)
-        certificate = self._certificates.setdefault(key, RowCertificate())  # type: ignore[arg-type]
+        certificate = self._certificates.setdefault(key, RowCertificate())
         return CertifiedLinear(weight, bias, certificate)
 
     def describe(self) -> str:

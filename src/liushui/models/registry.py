@@ -52,7 +52,7 @@ class ModelSizes:
 
 def architecture(config: Mapping[str, Any]) -> str:
     """The architecture's name. Raises `ModelError` with the list of known ones."""
-    names = list(config.get("architectures") or [])
+    names: list[str] = list(config.get("architectures") or [])
     for name in names:
         if name in ARCHITECTURES:
             return name

@@ -1,6 +1,7 @@
 """What the runner remembers of a sequence between steps."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -34,13 +35,19 @@ class SequenceState:
 
     def generated(self) -> tuple[np.ndarray, np.ndarray]:
         """(token ids, counts) of the output, for the presence and frequency penalties."""
-        counts = self.counts or {}
+        counts: Mapping[int, int] = self.counts or {}
         return np.fromiter(counts.keys(), np.int64), np.fromiter(counts.values(), np.float32)
 
     @property
     def adjusts_logits(self) -> bool:
         s = self.new.sampling
         return self.counts is not None or bool(s.logit_bias) or self.bans_stops
+
+    @property
+    def truncates(self) -> bool:
+        """Whether only some of the most likely tokens may be drawn."""
+        s = self.new.sampling
+        return not s.greedy and (s.top_k > 0 or s.top_p < 1 or s.min_p > 0)
 
     @property
     def bans_stops(self) -> bool:
