@@ -18,7 +18,7 @@ from liushui.config import EngineConfig
 from liushui.core.request import SamplingParams
 
 SHIPPED = files("liushui") / "data" / "prompts.jsonl"
-SHOWN = ("sky-blue", "summary-owls", "python-reverse", "zh-moon")
+SHOWN = ("photosynthesis", "summary-map", "sky-blue", "zh-capital")
 """Answers that are printed, by custom_id; of another file, the first four."""
 
 
@@ -101,18 +101,22 @@ def show_answers(run: Run) -> None:
     """Print a few answers."""
     from rich.console import Console
     from rich.panel import Panel
+    from rich.text import Text
 
     console = Console()
     found = [pair for _, pair in sorted(run.answers.items()) if pair[1].outputs]
     chosen = [pair for pair in found if pair[0].custom_id in SHOWN] or found[:4]
     for row, output in chosen:
-        words = (row.prompt or "").split("\n")[0]
-        text = output.outputs[0].text.strip()
-        reason = f"{len(output.outputs[0].token_ids)} tokens, {output.outputs[0].finish_reason}"
+        answer = output.outputs[0]
         panel = Panel(
-            text, title=words, title_align="left", subtitle=reason, subtitle_align="right", border_style="cyan"
+            Text(answer.text.strip()),
+            title=Text((row.prompt or "").split("\n")[0]),
+            title_align="left",
+            subtitle=Text(f"{len(answer.token_ids)} tokens, {answer.finish_reason}"),
+            subtitle_align="right",
+            border_style="cyan",
         )
-        console.print(panel, markup=False, highlight=False)
+        console.print(panel, highlight=False)
 
 
 def table(static: Any, flowing: Any) -> str:
