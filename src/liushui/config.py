@@ -7,7 +7,8 @@ from liushui.errors import ParameterError
 
 DType = Literal["auto", "float32", "bfloat16"]
 Policy = Literal["continuous", "static"]
-Kernels = Literal["auto", "native", "torch"]
+Kernels = Literal["auto", "native", "torch", "triton"]
+Device = Literal["auto", "cpu", "cuda"]
 Numerics = Literal["invariant", "fast"]
 Side = Literal["left", "right"]
 
@@ -18,8 +19,10 @@ class EngineConfig:
 
     model: str = "smollm2"
     """Alias (see `liushui models`), Hugging Face name, local folder, or GGUF file."""
+    device: Device = "auto"
+    """Where the model runs. auto: the first NVIDIA GPU if there is one, else the processor."""
     dtype: DType = "auto"
-    """Arithmetic and KV cache: bfloat16 where the processor has it, else float32."""
+    """Arithmetic and KV cache: bfloat16 where the hardware has it, else float32."""
     max_model_len: int | None = None
     """Longest prompt + answer in tokens. Default: what the model and the KV cache allow."""
     max_num_seqs: int = 64
@@ -30,14 +33,14 @@ class EngineConfig:
     """continuous: enter and leave at every step. static: gather, enter together, leave together."""
     kv_cache_gib: float | None = None
     """Memory for the KV cache in GiB. Default: what the batch can use, within half of the free memory."""
-    block_size: int = 16
-    """Tokens in a KV block."""
+    block_size: int | None = None
+    """Tokens in a KV block. Default: 16, on a GPU 64 (what its copy engine fetches at once)."""
     prefix_caching: bool = True
     """Reuse the KV blocks of prompts that begin alike."""
     threads: int | None = None
     """Threads of the step. Default: the physical cores this process may use."""
     kernels: Kernels = "auto"
-    """native: the compiled CPU kernels; torch: plain torch; auto: native where it was built."""
+    """native: the compiled CPU kernels; torch: plain torch; triton: the GPU's; auto: the fastest there is."""
     numerics: Numerics = "invariant"
     """invariant: answers do not depend on the batch, bit for bit. fast: vendor products as they come."""
     seed: int | None = None
@@ -56,7 +59,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ParameterError(name, f"must be a positive integer, got {value!r}")
-        if self.block_size & (self.block_size - 1) or self.block_size > 256:
+        if self.block_size is not None and (self.block_size & (self.block_size - 1) or self.block_size > 256):
             raise ParameterError("block_size", f"must be a power of two up to 256, got {self.block_size}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ParameterError(
@@ -75,6 +78,7 @@ class EngineConfig:
 
 
 _CHOICES = {
+    "device": Device,
     "dtype": DType,
     "policy": Policy,
     "kernels": Kernels,

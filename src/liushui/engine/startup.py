@@ -146,7 +146,8 @@ def join(config: EngineConfig, runner: RunnerFacts, tokenizer: Tokenizer) -> Eng
         policy=config.policy,
         prefix_caching=config.prefix_caching,
     )
-    return Engine(config, scheduler, runner, tokenizer, vocab_size=runner.vocab_size)
+    depth = getattr(runner, "depth", 0)
+    return Engine(config, scheduler, runner, tokenizer, vocab_size=runner.vocab_size, depth=depth)
 
 
 def _template(config: EngineConfig) -> str | None:

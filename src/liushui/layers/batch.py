@@ -10,7 +10,7 @@ class BatchTensors:
     """T rows (tokens) of S sequences. Row r belongs to sequence s if query_start[s] <= r < query_start[s + 1]."""
 
     ids: torch.Tensor
-    """[T] int64: token ids."""
+    """[T] int64 (int32 on a GPU): token ids."""
     positions: torch.Tensor
     """[T] int32: index of the row's token in its own sequence."""
     slots: torch.Tensor
@@ -32,8 +32,15 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls, layers: int, blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+        cls,
+        layers: int,
+        blocks: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> "KVCache":
         shape = (layers, blocks, kv_heads, block_size, head_dim)
         # Empty, not zeros: pages that are never used are never resident.
-        return cls(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+        return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))

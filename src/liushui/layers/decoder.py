@@ -88,8 +88,8 @@ class Decoder:
         rope_freqs = "rope_freqs.weight"
         factors = None
         if rope_freqs in weights:
-            factors = weights.take(rope_freqs, c.head_dim // 2, dtype=torch.float32)
-        self.rope = rope_table(config, c.head_dim, max_positions, factors)
+            factors = weights.take(rope_freqs, c.head_dim // 2, dtype=torch.float32).cpu()
+        self.rope = rope_table(config, c.head_dim, max_positions, factors).to(weights.device)
         self.prefix = weights.strip_prefix("model.")
         self.embedding = weights.take(f"{self.prefix}embed_tokens.weight", c.vocab_size, c.hidden_size)
         self.layers = [self.layer(weights, i) for i in range(c.num_layers)]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from liushui.errors import ParameterError
+
 
 @lru_cache(maxsize=1)
 def cpu_flags() -> frozenset[str]:
@@ -27,8 +29,22 @@ def has_bfloat16() -> bool:
     return bool(cpu_flags() & {"amx_bf16", "avx512_bf16", "bf16"})
 
 
-def pick_dtype(choice: str) -> torch.dtype:
+def pick_device(choice: str) -> torch.device:
+    """`EngineConfig.device` -> the device."""
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ParameterError("device", "cuda was asked for, and torch sees no NVIDIA GPU here; choose cpu or auto")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise ParameterError("device", f"the GPU has compute capability {major}.{minor}; 8.0 is needed: choose cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def pick_dtype(choice: str, device: torch.device | None = None) -> torch.dtype:
     """`EngineConfig.dtype` -> the arithmetic type."""
+    if choice == "auto" and device is not None and device.type == "cuda":
+        return torch.bfloat16
     if choice == "auto":
         return torch.bfloat16 if has_bfloat16() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
@@ -75,6 +91,12 @@ def free_memory_bytes() -> int:
     except (OSError, ValueError):
         pass
     return max(free, 0)
+
+
+def free_gpu_bytes(device: torch.device, reserve: int) -> int:
+    """Memory of the device that can be taken when `reserve` bytes stay for the steps themselves."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, free - reserve)
 
 
 def _available() -> int:

@@ -28,15 +28,26 @@ class KVPlan:
         return self.num_blocks * self.block_size
 
 
-def plan_kv(config: EngineConfig, sizes: ModelSizes, dtype: torch.dtype, free_bytes: int) -> KVPlan:
-    """Size the cache. Raises `CapacityError` naming the setting that asks for the impossible."""
+GPU_BLOCK_SIZE = 64
+BLOCK_SIZE = 16
+"""Tokens in a block, unless the settings or the device say otherwise."""
+
+
+def plan_kv(
+    config: EngineConfig, sizes: ModelSizes, dtype: torch.dtype, free_bytes: int, *, on_gpu: bool = False
+) -> KVPlan:
+    """Size the cache. Raises `CapacityError` naming the setting that asks for the impossible.
+
+    `free_bytes`: what may be taken. A GPU is there to be filled, so it is; of a processor's memory only a part.
+    """
+    block_size = config.block_size or (GPU_BLOCK_SIZE if on_gpu else BLOCK_SIZE)
     limit = config.max_model_len or sizes.max_positions
     if limit > sizes.max_positions:
         raise CapacityError(
             "max_model_len", f"{limit:,} is beyond the model's {sizes.max_positions:,} positions; ask for at most that"
         )
     per_token = sizes.kv_bytes_per_token(dtype)
-    per_block = per_token * config.block_size
+    per_block = per_token * block_size
     if config.kv_cache_gib is not None:
         budget = int(config.kv_cache_gib * GIB)
         if budget > free_bytes:
@@ -46,18 +57,18 @@ def plan_kv(config: EngineConfig, sizes: ModelSizes, dtype: torch.dtype, free_by
                 f"give at most {int(free_bytes / GIB * 9) / 10:g}",
             )
     else:
-        useful = -(-limit // config.block_size) * per_block * config.max_num_seqs
-        budget = min(useful, free_bytes // 2, DEFAULT_CAP)
+        useful = -(-limit // block_size) * per_block * config.max_num_seqs
+        budget = min(useful, free_bytes) if on_gpu else min(useful, free_bytes // 2, DEFAULT_CAP)
     blocks = budget // per_block
     if blocks < 1:
         raise CapacityError(
             "kv_cache_gib",
-            f"{budget / GIB:.3f} GiB hold no block of {config.block_size} tokens ({per_block:,} bytes); give at least "
+            f"{budget / GIB:.3f} GiB hold no block of {block_size} tokens ({per_block:,} bytes); give at least "
             f"{per_block / GIB:.4f}",
         )
     notes = []
-    if limit > blocks * config.block_size:
-        fits = blocks * config.block_size
+    if limit > blocks * block_size:
+        fits = blocks * block_size
         if config.max_model_len is not None:
             raise CapacityError(
                 "max_model_len",
@@ -66,7 +77,7 @@ def plan_kv(config: EngineConfig, sizes: ModelSizes, dtype: torch.dtype, free_by
             )
         notes.append(f"context limited to {fits:,} tokens by the KV cache (the model allows {limit:,})")
         limit = fits
-    tokens = blocks * config.block_size
+    tokens = blocks * block_size
     typical = min(2048, limit)
     size = (
         f"{tokens * per_token / GIB:.2f} GiB"
@@ -74,4 +85,4 @@ def plan_kv(config: EngineConfig, sizes: ModelSizes, dtype: torch.dtype, free_by
         else f"{tokens * per_token / 2**20:.1f} MiB"
     )
     line = f"KV cache: {size} = {tokens:,} tokens = {tokens // typical:,} requests of {typical:,}"
-    return KVPlan(blocks, config.block_size, per_token, limit, (line, *notes))
+    return KVPlan(blocks, block_size, per_token, limit, (line, *notes))

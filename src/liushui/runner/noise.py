@@ -22,6 +22,17 @@ def row_key(seed: int, position: int) -> tuple[int, int]:
     return x & 0xFFFFFFFF, x >> 32
 
 
+def row_keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """`row_key` of many rows at once: seeds [n] uint64, positions [n] -> words [n, 2] uint32."""
+    with np.errstate(over="ignore"):
+        x = seeds * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
+        x = x + np.uint64(0x632BE59BD9B4E019)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return np.stack([x & np.uint64(0xFFFFFFFF), x >> np.uint64(32)], axis=1).astype(np.uint32)
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """A 32-bit finaliser with low bias (constants: Wellons 2018, hash-prospector)."""
     x = x ^ (x >> np.uint32(16))

@@ -1,21 +1,23 @@
-"""`StepPlan` in, tokens out: pack, forward, sample. The CPU form of the executor."""
+"""`StepPlan` in, tokens out: pack, forward, sample. On a CPU here, on a GPU in `device`."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from liushui.config import EngineConfig
-from liushui.core.plan import PlanItem, StepPlan, StepResult, TokenLogprobs
-from liushui.kernels.ops import load_ops
+from liushui.core.plan import Pending, PlanItem, StepPlan, StepResult, TokenLogprobs
+from liushui.errors import ParameterError
+from liushui.kernels.ops import Ops, load_ops
 from liushui.kernels.policy import KernelPolicy
 from liushui.layers.batch import KVCache
 from liushui.layers.weights import Weights
 from liushui.models.registry import Model, ModelSizes, build, sizes
 from liushui.runner import hardware
 from liushui.runner.batch import pack
-from liushui.runner.memory import KVPlan, plan_kv
+from liushui.runner.memory import GIB, KVPlan, plan_kv
 from liushui.runner.sampler import SampleRow, sample, token_logprobs
 from liushui.runner.state import SequenceState
 
@@ -49,31 +51,51 @@ class Runner:
     """Owns the model, the KV memory and the sampling state of live sequences."""
 
     def __init__(
-        self, model: Model, sizes: ModelSizes, plan: KVPlan, dtype: torch.dtype, notes: list[str] | None = None
+        self,
+        model: Model,
+        sizes: ModelSizes,
+        plan: KVPlan,
+        dtype: torch.dtype,
+        notes: list[str] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.model, self.vocab_size, self.dtype = model, sizes.vocab_size, dtype
         self.num_blocks, self.block_size, self.max_model_len = plan.num_blocks, plan.block_size, plan.max_model_len
         self.notes = [*(notes or []), *plan.notes]
         self.kv = KVCache.allocate(
-            sizes.num_layers, plan.num_blocks, sizes.num_kv_heads, plan.block_size, sizes.head_dim, dtype
+            sizes.num_layers, plan.num_blocks, sizes.num_kv_heads, plan.block_size, sizes.head_dim, dtype, device
         )
         self.states: dict[str, SequenceState] = {}
         self.last_tokens: dict[str, int] = {}
+        self.steps: DeviceSteps | None = None
+        """Where steps run if not here: on a GPU."""
+        self.depth = 0
+        """Steps worth keeping in flight while the next one is planned."""
 
     @classmethod
     def load(cls, config: EngineConfig, checkpoint: Checkpoint) -> "Runner":
         """Read the weights, choose the kernels, size the KV cache."""
         started = time.perf_counter()
         threads = hardware.set_threads(config.threads)
-        dtype = hardware.pick_dtype(config.dtype)
+        device = hardware.pick_device(config.device)
+        dtype = hardware.pick_dtype(config.dtype, device)
         shape = sizes(checkpoint.config)
-        ops = load_ops(config.kernels, threads)
+        ops = pick_ops(config, device, threads)
         policy = KernelPolicy(ops, config.numerics)
         longest = min(config.max_model_len or shape.max_positions, shape.max_positions)
-        weights = Weights(checkpoint.names(), checkpoint.shape, checkpoint.load, dtype)
-        with torch.inference_mode():
-            model = build(checkpoint.config, weights, policy, longest)
-        plan = plan_kv(config, shape, dtype, hardware.free_memory_bytes())
+        weights = Weights(checkpoint.names(), checkpoint.shape, checkpoint.load, dtype, device)
+        try:
+            with torch.inference_mode():
+                model = build(checkpoint.config, weights, policy, longest)
+        finally:
+            weights.close()
+        on_gpu = device.type == "cuda"
+        free = (
+            hardware.free_gpu_bytes(device, step_bytes(config, checkpoint.config))
+            if on_gpu
+            else hardware.free_memory_bytes()
+        )
+        plan = plan_kv(config, shape, dtype, free, on_gpu=on_gpu)
         notes = [
             f"model: {shape.architecture}, {str(dtype).removeprefix('torch.')}, weights read in "
             f"{time.perf_counter() - started:.2f} s",
@@ -81,16 +103,31 @@ class Runner:
         ]
         if getattr(ops, "note", None):
             notes.append(str(ops.note))
-        return cls(model, shape, plan, dtype, notes)
+        runner = cls(model, shape, plan, dtype, notes, device)
+        if ops.name == "triton":
+            runner._run_on(device, ops, config)
+        return runner
+
+    def _run_on(self, device: torch.device, ops: Ops, config: EngineConfig) -> None:
+        """Let steps run on a device, one ahead of the host."""
+        from liushui.runner.device import DeviceSteps
+        from liushui.runner.staging import StepShape
+
+        width = -(-self.max_model_len // self.block_size)
+        largest = StepShape(config.max_num_batched_tokens, config.max_num_seqs, width, False)
+        self.steps = DeviceSteps(self.model, ops, self.kv, device, self.block_size, largest)  # type: ignore[arg-type]
+        self.depth = 1
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> Done:
-        """Run one step. The result is ready on return: on a CPU there is nothing to overlap with."""
+    def execute(self, plan: StepPlan) -> Pending:
+        """Run one step. On a CPU, where there is nothing to overlap with, the result is ready on return."""
         for seq_id in plan.dropped:
             self.states.pop(seq_id, None)
             self.last_tokens.pop(seq_id, None)
         for new in plan.new:
             self.states[new.seq_id] = SequenceState(new)
+        if self.steps is not None:
+            return self.steps.start(plan, self.states)
         packed = pack(plan, self.block_size, self.last_tokens)
         hidden = self.model.forward(self.kv, packed.tensors)
         starts = packed.query_start.tolist()
@@ -142,8 +179,38 @@ class Runner:
         return found
 
 
+def pick_ops(config: EngineConfig, device: torch.device, threads: int) -> Ops:
+    """The kernels for the device. Raises `ParameterError` where those asked for do not run there."""
+    if device.type == "cpu" and config.kernels != "triton":
+        return load_ops(config.kernels, threads)
+    if config.kernels not in ("auto", "triton"):
+        raise ParameterError("kernels", f"{config.kernels} kernels run on the processor; choose auto, or device cpu")
+    try:
+        from liushui.kernels.triton.common import INTERPRETED
+        from liushui.kernels.triton.ops import TritonOps
+    except ImportError as missing:
+        raise ParameterError(
+            "device", f"a GPU needs the package triton ({missing}): pip install 'liushui[gpu]', or choose device cpu"
+        ) from None
+    if device.type == "cpu" and not INTERPRETED:
+        raise ParameterError("kernels", "triton kernels need a GPU; choose auto")
+    return TritonOps(device)
+
+
+def step_bytes(config: EngineConfig, model: Mapping[str, Any]) -> int:
+    """Device memory to keep for the steps: activations, logits, captured graphs and the vendor's work space.
+
+    Twice what one step holds at once: a step outside the graphs does not share their memory.
+    """
+    rows = max(config.max_num_batched_tokens, config.max_num_seqs)
+    hidden = int(model.get("hidden_size") or model["n_embd"])
+    inner = int(model.get("intermediate_size") or model.get("n_inner") or 4 * hidden)
+    return 3 * GIB // 2 + 2 * (2 * rows * (3 * inner + 8 * hidden) + 6 * config.max_num_seqs * int(model["vocab_size"]))
+
+
 if TYPE_CHECKING:
     from liushui.core.plan import Executor
+    from liushui.runner.device import DeviceSteps
 
     def _is_executor(runner: Runner) -> Executor:
         return runner

@@ -35,7 +35,7 @@ class SampleRow:
 
 def sample(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[list[int], list[bool]]:
     """logits [R, vocab] float32 (adjusted in place), R rows -> (token ids, whether the row's logits were finite)."""
-    _adjust(logits, rows)
+    adjust(logits, rows)
     best = logits.argmax(dim=-1)
     top = logits.gather(1, best[:, None])[:, 0]
     tokens: list[int] = best.tolist()
@@ -48,25 +48,25 @@ def sample(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[list[int], list
     return tokens, finite
 
 
-def _adjust(logits: torch.Tensor, rows: list[SampleRow]) -> None:
+def adjust(logits: torch.Tensor, rows: list[SampleRow]) -> None:
     """Bias, banned stops and penalties; few rows have any, so each touches only its own tokens."""
     for r, row in enumerate(rows):
         state = row.state
         if not state.adjusts_logits:
             continue
-        params, line = state.new.sampling, logits[r]
+        params, line, device = state.new.sampling, logits[r], logits.device
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias))
-            line[ids] += torch.tensor(list(params.logit_bias.values()), dtype=line.dtype)
+            ids = torch.tensor(list(params.logit_bias), device=device)
+            line[ids] += torch.tensor(list(params.logit_bias.values()), dtype=line.dtype, device=device)
         if state.bans_stops:
-            line[torch.tensor(sorted(state.new.stop_token_ids))] = -math.inf
+            line[torch.tensor(sorted(state.new.stop_token_ids), device=device)] = -math.inf
         if params.repetition_penalty != 1:
-            ids = torch.from_numpy(state.seen())
+            ids = torch.from_numpy(state.seen()).to(device)
             values = line[ids]
             penalty = params.repetition_penalty
             line[ids] = torch.where(values > 0, values / penalty, values * penalty)
         if params.presence_penalty or params.frequency_penalty:
-            tokens, counts = (torch.from_numpy(part) for part in state.generated())
+            tokens, counts = (torch.from_numpy(part).to(device) for part in state.generated())
             line[tokens] -= counts * params.frequency_penalty + params.presence_penalty
 
 

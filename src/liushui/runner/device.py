@@ -1,0 +1,261 @@
+"""Steps on a CUDA device: staged in one copy, run as a CUDA graph, chosen tokens kept there for the next step.
+
+A step's launches depend on its `StepShape` only. The first step of a shape runs kernel by kernel, the second is
+captured, and all later ones are replayed. `start` returns before the device has begun; the tokens come back with
+`DeviceStep.result`. Sequences whose logits are adjusted by what was generated before (penalties, banned stops) make the
+step wait for the ones before it.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from liushui.core.plan import PlanItem, StepPlan, StepResult, TokenLogprobs
+from liushui.kernels.triton import products, sampling
+from liushui.kernels.triton.ops import TritonOps
+from liushui.layers.batch import KVCache
+from liushui.models.registry import Model
+from liushui.runner.sampler import SampleRow, adjust
+from liushui.runner.staging import RING, SampleTensors, Staging, StepShape
+from liushui.runner.state import SequenceState
+
+NOT_FINITE = "the model gave logits that are not finite (NaN or infinity)"
+MAX_GRAPHS = 256
+_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Padded numbers of sequences of a step that also feeds prompts."""
+_PROMPT_ROWS = 64
+"""Rows whose prompt log-probabilities are made at once."""
+
+
+def bucket(count: int, sizes: tuple[int, ...]) -> int:
+    """The smallest of `sizes` that holds `count`."""
+    return next((size for size in sizes if size >= count), -(-count // 256) * 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a step leaves on the device; overwritten by the next replay."""
+
+    hidden: torch.Tensor
+    """[T, H]."""
+    logits: torch.Tensor
+    """[S, vocab], of the sampled rows."""
+    chosen: torch.Tensor
+    """[S] int32: tokens; -1 where the logits were not finite."""
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """Log-probabilities on their way to the host: of some rows, each with its `wanted` best."""
+
+    rows: list[int]
+    wanted: list[int]
+    tensors: tuple[torch.Tensor, ...]
+
+    def read(self) -> list[tuple[float, int, tuple[tuple[int, float], ...]]]:
+        values, ranks, top_values, top_tokens = (tensor.tolist() for tensor in self.tensors)
+        tops = (
+            tuple(zip(t[:count], v[:count], strict=True))
+            for t, v, count in zip(top_tokens, top_values, self.wanted, strict=True)
+        )
+        return list(zip(values, ranks, tops, strict=True))
+
+
+@dataclass(slots=True)
+class DeviceStep:
+    """A step under way."""
+
+    sampled: tuple[PlanItem, ...]
+    states: Mapping[str, SequenceState]
+    tokens: torch.Tensor
+    """[>= sampled] int32, pinned: valid once `done`."""
+    done: torch.cuda.Event | None
+    logprobs: Logprobs | None = None
+    prompts: dict[str, list[tuple[int, list[int], Logprobs]]] = field(default_factory=dict)
+    """(first position, prompt tokens, their log-probabilities) of each piece."""
+    value: StepResult | None = None
+
+    def result(self) -> StepResult:
+        if self.value is None:
+            if self.done is not None:
+                self.done.synchronize()
+            self.value = self._read()
+        return self.value
+
+    def _read(self) -> StepResult:
+        tokens: dict[str, tuple[int, ...]] = {}
+        errors: dict[str, str] = {}
+        for item, token in zip(self.sampled, self.tokens[: len(self.sampled)].tolist(), strict=True):
+            if token < 0:
+                errors[item.seq_id] = NOT_FINITE
+                continue
+            tokens[item.seq_id] = (token,)
+            if item.seq_id in self.states:
+                self.states[item.seq_id].append(token)
+        logprobs = {}
+        if self.logprobs is not None:
+            for row, (value, rank, top) in zip(self.logprobs.rows, self.logprobs.read(), strict=True):
+                seq_id = self.sampled[row].seq_id
+                if seq_id in tokens:
+                    logprobs[seq_id] = (TokenLogprobs(tokens[seq_id][0], value, rank, top),)
+        prompts = {
+            seq_id: [
+                (position + i, TokenLogprobs(token, *found))
+                for position, ids, piece in pieces
+                for i, (token, found) in enumerate(zip(ids, piece.read(), strict=False))
+            ]
+            for seq_id, pieces in self.prompts.items()
+        }
+        return StepResult(tokens, logprobs, prompts, errors)
+
+
+class DeviceSteps:
+    """Runs plans on one device. Owns the staging buffers, the graphs and the tokens that feed the next step."""
+
+    def __init__(
+        self, model: Model, ops: TritonOps, kv: KVCache, device: torch.device, block_size: int, limits: StepShape
+    ) -> None:
+        """`limits`: the largest step: token rows, sequences, and blocks of one sequence."""
+        self.model, self.ops, self.kv, self.device = model, ops, kv, device
+        sequences = bucket(limits.sequences, products.BUCKETS)
+        rows = bucket(max(limits.rows, sequences), products.BUCKETS)
+        self.max_width = limits.width
+        self.staging = Staging(device, sequences, rows, self.max_width, block_size)
+        self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
+        self._seen: set[StepShape] = set()
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._feed = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self._back = [torch.zeros(sequences, dtype=torch.int32, pin_memory=pinned) for _ in range(RING)]
+        self._turn = 0
+        self._flying: deque[DeviceStep] = deque(maxlen=RING - 1)
+
+    def start(self, plan: StepPlan, states: Mapping[str, SequenceState]) -> DeviceStep:
+        """Launch one step."""
+        sampled = tuple(item for item in plan.items if item.samples)
+        adjusted = [i for i, item in enumerate(sampled) if states[item.seq_id].adjusts_logits]
+        # The oldest step's buffers are about to be used again; adjusting needs all that was generated.
+        for step in list(self._flying) if adjusted else list(self._flying)[: max(0, len(self._flying) - RING + 2)]:
+            step.result()
+        shape = self.shape(plan, states)
+        self.staging.fill(plan, shape, states)
+        out = self._run(shape)
+        if adjusted:
+            self._adjust(out, shape, sampled, adjusted, states)
+        step = DeviceStep(sampled, states, self._send_back(out.chosen), None)
+        step.logprobs = self._logprobs(out, sampled, states)
+        step.prompts = self._prompt_logprobs(plan, out, states)
+        if self.device.type == "cuda":
+            step.done = torch.cuda.Event()
+            step.done.record()
+        self._flying.append(step)
+        return step
+
+    def shape(self, plan: StepPlan, states: Mapping[str, SequenceState]) -> StepShape:
+        """The padded sizes of the plan: those of the captured graphs."""
+        count, rows = len(plan.items), plan.num_tokens
+        width = self.max_width
+        if width > 128:
+            width = min(width, 1 << (max(128, self.staging.width(plan)) - 1).bit_length())
+        limited = self.staging.limited(plan, states)
+        if rows == count:
+            size = bucket(count, products.BUCKETS)
+            return StepShape(size, size, width, limited)
+        sequences = min(bucket(count, _SEQUENCES), self.staging.max_num_seqs)
+        return StepShape(bucket(max(rows, sequences + 1), products.BUCKETS), sequences, width, limited)
+
+    def _run(self, shape: StepShape) -> Outputs:
+        if shape not in self.graphs and self.device.type == "cuda":
+            if shape in self._seen and len(self.graphs) < MAX_GRAPHS:
+                self._capture(shape)
+            self._seen.add(shape)
+        if shape in self.graphs:
+            graph, out = self.graphs[shape]
+            graph.replay()
+            return out
+        return self._compute(shape)
+
+    def _capture(self, shape: StepShape) -> None:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            out = self._compute(shape)
+        self.graphs[shape] = graph, out
+
+    def _compute(self, shape: StepShape) -> Outputs:
+        ids, batch, sample = self.staging.tensors(shape)
+        chained = self.ops.chained
+        batch = replace(batch, ids=sampling.resolve(ids, self._feed, chained))
+        hidden = self.model.forward(self.kv, batch)
+        logits = self.model.logits(hidden[sample.rows])
+        return Outputs(hidden, logits, self._pick(logits, sample, shape.limited))
+
+    def _pick(self, logits: torch.Tensor, sample: SampleTensors, limited: bool) -> torch.Tensor:
+        chained, limits = self.ops.chained, None
+        if limited:
+            limits = sampling.limits(
+                logits, sample.temperatures, sample.top_ks, sample.top_ps, sample.min_ps, chained
+            )  # fmt: skip
+        return sampling.pick(logits, sample.keys, sample.temperatures, limits, self._feed, sample.places, chained)
+
+    def _adjust(
+        self, out: Outputs, shape: StepShape, sampled: tuple[PlanItem, ...], rows: list[int],
+        states: Mapping[str, SequenceState],
+    ) -> None:  # fmt: skip
+        """Choose once more for the rows with bias, penalties or banned stops."""
+        index = torch.tensor(rows, device=self.device)
+        logits = out.logits[index].float()
+        adjust(logits, [SampleRow(states[sampled[i].seq_id], 0) for i in rows])
+        _, _, sample = self.staging.tensors(shape)
+        parts = {name: getattr(sample, name)[index].contiguous() for name in SampleTensors.__slots__}
+        out.chosen[index] = self._pick(logits, SampleTensors(**parts), shape.limited)
+
+    def _send_back(self, chosen: torch.Tensor) -> torch.Tensor:
+        buffer = self._back[self._turn][: len(chosen)]
+        self._turn = (self._turn + 1) % RING
+        return buffer.copy_(chosen, non_blocking=True)
+
+    def _logprobs(
+        self, out: Outputs, sampled: tuple[PlanItem, ...], states: Mapping[str, SequenceState]
+    ) -> Logprobs | None:
+        asked = [states[item.seq_id].new.sampling.logprobs for item in sampled]
+        rows = [i for i, wanted in enumerate(asked) if wanted is not None]
+        if not rows:
+            return None
+        index = torch.tensor(rows, device=self.device)
+        return self._measure(out.logits[index], out.chosen[index], rows, [asked[i] or 0 for i in rows])
+
+    def _measure(self, logits: torch.Tensor, tokens: torch.Tensor, rows: list[int], wanted: list[int]) -> Logprobs:
+        found = sampling.logprobs(logits, tokens, max(wanted), self.ops.chained)
+        if self.device.type == "cuda":
+            found = tuple(  # type: ignore[assignment]
+                torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
+                for part in found
+            )
+        return Logprobs(rows, wanted, found)
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, out: Outputs, states: Mapping[str, SequenceState]
+    ) -> dict[str, list[tuple[int, list[int], Logprobs]]]:
+        """The row at position p predicts the prompt's token at p + 1. Pieces of one size: one order of sums."""
+        found: dict[str, list[tuple[int, list[int], Logprobs]]] = {}
+        row = 0
+        for item in plan.items:
+            new = states[item.seq_id].new
+            last = min(item.start + item.num_tokens, len(new.prompt_token_ids) - 1)
+            if new.sampling.prompt_logprobs is not None and item.start < last:
+                pieces = found.setdefault(item.seq_id, [])
+                for start in range(item.start, last, _PROMPT_ROWS):
+                    ids = list(new.prompt_token_ids[start + 1 : min(start + _PROMPT_ROWS, last) + 1])
+                    first = row + start - item.start
+                    at = torch.arange(first, first + _PROMPT_ROWS, device=self.device).clamp(max=len(out.hidden) - 1)
+                    tokens = torch.zeros(_PROMPT_ROWS, dtype=torch.int32)
+                    tokens[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
+                    logits = self.model.logits(out.hidden[at])[: len(ids)]
+                    wanted = [new.sampling.prompt_logprobs] * len(ids)
+                    piece = self._measure(logits, tokens[: len(ids)].to(self.device), [], wanted)
+                    pieces.append((start + 1, ids, piece))
+            row += item.num_tokens
+        return found

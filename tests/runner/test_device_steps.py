@@ -1,0 +1,108 @@
+"""The device's path of the runner: staged steps, tokens fed on the device, the same answers as the CPU's path.
+
+Without a GPU it runs on the CPU in Triton's interpreter, without graphs.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from liushui.core.plan import PlanItem, StepPlan
+from liushui.core.request import SamplingParams
+from liushui.runner.noise import row_key, row_keys
+from liushui.runner.staging import StepShape
+from tests.kernels.triton_support import COMPILED, MARK
+from tests.support import tiny
+
+pytestmark = MARK
+SIZES = {"num_hidden_layers": 2, "vocab_size": 67}
+PARAMS = [
+    SamplingParams(temperature=0, logprobs=2),
+    SamplingParams(temperature=1.0, logprobs=0),
+    SamplingParams(temperature=0.8, top_p=0.8, top_k=20),
+    SamplingParams(temperature=0, repetition_penalty=1.5, logit_bias={5: 2.0}, prompt_logprobs=1),
+]
+
+
+def _runner(family: str, **settings: Any) -> Any:
+    device = {"device": "cuda"} if COMPILED else {"device": "cpu", "kernels": "triton"}
+    return tiny.runner(tiny.oracle(family, 3, **SIZES), block_size=16, max_num_seqs=8, **(device | settings))
+
+
+def _prompts(count: int) -> list[list[int]]:
+    return [torch.randint(3, 67, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 9, 33, 20)][
+        :count
+    ]
+
+
+def _answers(runner: Any, steps: int) -> tuple[dict, list]:
+    """Four mixed requests, prompts in chunks beside decoding."""
+    driver = tiny.Driver(runner)
+    for i, (prompt, params) in enumerate(zip(_prompts(4), PARAMS, strict=True)):
+        driver.add(str(i), prompt, params, seed=i)
+    results = [driver.step({"0": 1, "1": 9, "2": 20}), driver.step({"0": 1, "1": 1, "2": 13, "3": 20})]
+    results += [driver.step({str(i): 1 for i in range(4)}) for _ in range(steps)]
+    return driver.ids, results
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_same_answers_as_the_processor(family: str) -> None:
+    steps = 6 if COMPILED else 1
+    mine, results = _answers(_runner(family), steps)
+    theirs, expected = _answers(tiny.runner(tiny.oracle(family, 3, **SIZES), device="cpu", block_size=16), steps)
+    assert mine == theirs
+    for got, wanted in zip(results, expected, strict=True):
+        assert got.errors == wanted.errors
+        assert got.logprobs.keys() == wanted.logprobs.keys()
+        for seq_id, found in wanted.logprobs.items():
+            assert got.logprobs[seq_id][0].logprob == pytest.approx(found[0].logprob, abs=2e-3)
+            assert got.logprobs[seq_id][0].rank == found[0].rank
+        assert got.prompt_logprobs.keys() == wanted.prompt_logprobs.keys()
+        for seq_id, pairs in wanted.prompt_logprobs.items():
+            assert [position for position, _ in got.prompt_logprobs[seq_id]] == [position for position, _ in pairs]
+            for (_, a), (_, b) in zip(got.prompt_logprobs[seq_id], pairs, strict=True):
+                assert (a.token_id, a.rank) == (b.token_id, b.rank)
+                assert a.logprob == pytest.approx(b.logprob, abs=2e-3)
+
+
+def test_tokens_in_flight_feed_the_next_step() -> None:
+    """Plans made before the last token is known: the device puts it in."""
+    known, ahead = _runner("llama"), _runner("llama")
+    driver = tiny.Driver(known)
+    prompt = _prompts(2)[1]
+    driver.add("a", prompt, SamplingParams(temperature=0.9, logprobs=0), seed=5)
+    driver.step({"a": len(prompt)})
+    for _ in range(3):
+        driver.step({"a": 1})
+    first = tiny.Driver(ahead)
+    first.add("a", prompt, SamplingParams(temperature=0.9, logprobs=0), seed=5)
+    item = PlanItem("a", 0, 0, len(prompt), tuple(prompt), (2,), True)
+    pending = [ahead.execute(StepPlan(0, (item,), new=tuple(first.fresh)))]
+    for i in range(3):
+        item = PlanItem("a", 0, len(prompt) + i, 1, (), (2,), True)
+        pending.append(ahead.execute(StepPlan(i + 1, (item,))))
+    assert [step.result().tokens["a"][0] for step in pending] == driver.ids["a"][len(prompt) :]
+
+
+def test_row_keys_at_once() -> None:
+    seeds = [0, 1, 2**63 - 1, -5, 123456789]
+    positions = np.array([0, 7, 1000, 3, 2**20])
+    words = np.array([seed & (2**64 - 1) for seed in seeds], np.uint64)
+    expected = [row_key(seed, int(position)) for seed, position in zip(seeds, positions, strict=True)]
+    assert row_keys(words, positions).tolist() == [list(key) for key in expected]
+
+
+def test_parts_of_the_staged_step_are_aligned_and_apart() -> None:
+    shape = StepShape(37, 5, 3, False)
+    at = shape.offsets()
+    end = 0
+    for name, size in shape.parts():
+        assert at[name].start % 16 == 0
+        assert at[name].start >= end
+        assert at[name].stop - at[name].start == size
+        end = at[name].stop
+    assert at["all"].stop >= end
