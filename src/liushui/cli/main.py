@@ -9,6 +9,7 @@ from liushui.cli.common import guarded, version
 from liushui.cli.demo import demo
 from liushui.cli.generate import generate
 from liushui.cli.models import models, pull
+from liushui.cli.verify import verify
 
 app = typer.Typer(
     name="liushui",
@@ -19,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, pull, models, demo):
+for command in (generate, chat, pull, models, demo, verify):
     app.command()(guarded(command))
 
 
