@@ -135,6 +135,16 @@ LS_INLINE float lane_max(vf v) {
   return x[0];
 }
 
+LS_INLINE vf exp_polynomial(vf r) {
+  vf p = splat(1.0f / 5040.0f);
+  p = fma(p, r, splat(1.0f / 720.0f));
+  p = fma(p, r, splat(1.0f / 120.0f));
+  p = fma(p, r, splat(1.0f / 24.0f));
+  p = fma(p, r, splat(1.0f / 6.0f));
+  p = fma(p, r, splat(0.5f));
+  return fma(p, r * r, r) + 1.0f;
+}
+
 // e^x within 1 ulp (0 below -87.33, where the result would be subnormal; infinity above 88.73; NaN kept).
 // x = n ln 2 + r with |r| <= ln(2)/2 (Cody and Waite), then the Taylor polynomial of degree 7 in r.
 LS_INLINE vf vexp(vf x) {
@@ -144,22 +154,105 @@ LS_INLINE vf vexp(vf x) {
   const vf n = shifted - magic;
   vf r = fma(n, splat(-0.693359375f), x);  // exact: few bits in the constant
   r = fma(n, splat(2.12194440e-4f), r);
-  vf p = splat(1.0f / 5040.0f);
-  p = fma(p, r, splat(1.0f / 720.0f));
-  p = fma(p, r, splat(1.0f / 120.0f));
-  p = fma(p, r, splat(1.0f / 24.0f));
-  p = fma(p, r, splat(1.0f / 6.0f));
-  p = fma(p, r, splat(0.5f));
-  p = fma(p, r * r, r) + 1.0f;
   // 2^n in two factors, since n may be 128; multiplied, not added to the exponent, so that NaN survives.
   const vi exponent = (vi)shifted - (vi)magic;
   const vi half = exponent >> 1;
-  const vf scaled = (p * (vf)((half + 127) << 23)) * (vf)((exponent - half + 127) << 23);
+  const vf scaled = (exp_polynomial(r) * (vf)((half + 127) << 23)) * (vf)((exponent - half + 127) << 23);
   const vf bounded = select(x > splat(high), splat(__builtin_inff()), scaled);
   return select(x < splat(low), splat(0.0f), bounded);
 }
 
+// e^x of x <= 0, likewise; cheaper, as 2^n is a normal number.
+LS_INLINE vf vexp_of_negative(vf x) {
+  const vf magic = splat(12582912.0f);
+  const vf shifted = fma(x, splat(1.44269504f), magic);
+  const vf n = shifted - magic;
+  vf r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  const vf power = (vf)(((vi)shifted << 23) + (127 << 23));  // the integer is in the lowest bits
+  return select(x < splat(-87.33654f), splat(0.0f), exp_polynomial(r) * power);
+}
+
 // x times the logistic function of y.
 LS_INLINE vf times_sigmoid(vf x, vf y) { return x / (1.0f + vexp(-y)); }
+
+// The vector in which keys are transposed: Kw rows of Kw floats stay in registers.
+#if defined(__AVX2__)
+constexpr int Kw = 8;
+typedef __m256 vk;
+
+LS_INLINE vk splat_k(float x) { return _mm256_set1_ps(x); }
+LS_INLINE vk load_k(const float* p) { return _mm256_loadu_ps(p); }
+LS_INLINE void store_k(float* p, vk v) { _mm256_storeu_ps(p, v); }
+LS_INLINE vk fma_k(vk a, vk b, vk c) { return _mm256_fmadd_ps(a, b, c); }
+
+// Halves of two rows side by side: what the in-lane half of a transposition of 8 x 8 starts from.
+LS_INLINE void load_halves(const float* low, const float* high, vk& first, vk& second) {
+  first = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+  second = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)), _mm_loadu_ps(high + 4), 1);
+}
+LS_INLINE void load_halves(const bf16* low, const bf16* high, vk& first, vk& second) {
+  const __m128i* l = (const __m128i*)low;
+  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(l)),
+                                               _mm_loadu_si128((const __m128i*)high), 1);
+  first = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), both));
+  second = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), both));
+}
+
+LS_INLINE void transpose_4x4(vk a, vk b, vk c, vk d, vk* out) {
+  const vk ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
+  out[0] = _mm256_shuffle_ps(ab, cd, 0x44);
+  out[1] = _mm256_shuffle_ps(ab, cd, 0xee);
+  const vk ab2 = _mm256_unpackhi_ps(a, b), cd2 = _mm256_unpackhi_ps(c, d);
+  out[2] = _mm256_shuffle_ps(ab2, cd2, 0x44);
+  out[3] = _mm256_shuffle_ps(ab2, cd2, 0xee);
+}
+
+// Kw elements of each of Kw rows, from d on, turned into columns.
+template <class T>
+LS_INLINE void load_columns(const T* const* rows, long d, vk* columns) {
+  vk a[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) load_halves(rows[i] + d, rows[i + 4] + d, a[i], a[i + 4]);
+  transpose_4x4(a[0], a[1], a[2], a[3], columns);
+  transpose_4x4(a[4], a[5], a[6], a[7], columns + 4);
+}
+#else
+constexpr int Kw = 4;
+static_assert(W == Kw, "the baseline has vectors of four");
+typedef vf vk;
+
+LS_INLINE vk splat_k(float x) { return splat(x); }
+LS_INLINE vk load_k(const float* p) { return load(p); }
+LS_INLINE void store_k(float* p, vk v) { store(p, v); }
+LS_INLINE vk fma_k(vk a, vk b, vk c) { return fma(a, b, c); }
+
+template <class T>
+LS_INLINE void load_columns(const T* const* rows, long d, vk* columns) {
+  const vf v[4] = {load(rows[0] + d), load(rows[1] + d), load(rows[2] + d), load(rows[3] + d)};
+#if defined(__x86_64__)
+  __m128 a = (__m128)v[0], b = (__m128)v[1], c = (__m128)v[2], e = (__m128)v[3];
+  _MM_TRANSPOSE4_PS(a, b, c, e);
+  columns[0] = (vk)a, columns[1] = (vk)b, columns[2] = (vk)c, columns[3] = (vk)e;
+#elif defined(__aarch64__)
+  const float32x4x2_t ab = vtrnq_f32((float32x4_t)v[0], (float32x4_t)v[1]);
+  const float32x4x2_t ce = vtrnq_f32((float32x4_t)v[2], (float32x4_t)v[3]);
+  columns[0] = (vk)vcombine_f32(vget_low_f32(ab.val[0]), vget_low_f32(ce.val[0]));
+  columns[1] = (vk)vcombine_f32(vget_low_f32(ab.val[1]), vget_low_f32(ce.val[1]));
+  columns[2] = (vk)vcombine_f32(vget_high_f32(ab.val[0]), vget_high_f32(ce.val[0]));
+  columns[3] = (vk)vcombine_f32(vget_high_f32(ab.val[1]), vget_high_f32(ce.val[1]));
+#else
+  for (int i = 0; i < 4; i++) columns[i] = (vk){v[0][i], v[1][i], v[2][i], v[3][i]};
+#endif
+}
+#endif
+
+LS_INLINE float widen(float x) { return x; }
+LS_INLINE float widen(bf16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 }  // namespace

@@ -1,0 +1,262 @@
+// Attention's arithmetic on one block of keys: scores, online softmax, weighted values.
+//
+// Whichever way a score is computed, from keys as they lie in the cache (few query rows) or from transposed ones
+// (many), it is the same chain of operations over the head dimension, so the same bits.
+#pragma once
+#include "simd.h"
+
+namespace {
+
+constexpr int kKeys = 64;     // keys in a block, aligned to absolute positions
+constexpr int kTileRows = 6;  // query rows whose sums fit the registers
+static_assert(kKeys % W == 0, "a block is whole vectors");
+
+// What `tile` multiplies with: row k, from column c on.
+struct Matrix {
+  const float* first;
+  long stride;
+  template <int N>
+  LS_INLINE const float* row(long k, long c) const {
+    return first + k * stride + c;
+  }
+};
+
+struct Scattered {
+  const float* const* rows;
+  template <int N>
+  LS_INLINE const float* row(long k, long c) const {
+    return rows[k] + c;
+  }
+};
+
+// While row k of the values is used, row k of the next block's keys is fetched: memory is never idle.
+template <class T>
+struct Fetching {
+  const T *const *rows, *const *ahead;
+  template <int N>
+  LS_INLINE const T* row(long k, long c) const {
+    const char* next = (const char*)(ahead[k] + c);
+    for (long i = 0; i < (long)(N * W * sizeof(T)); i += 64) __builtin_prefetch(next + i);
+    return rows[k] + c;
+  }
+};
+
+// out[r][0 .. N vectors) = out * keep[r] + sum over k in [from, to) of a[r][k] * b's row k, in the order of k.
+template <int M, int N, class B>
+LS_INLINE void tile(const float* a, long lda, B b, long column, long from, long to, float* out, long ldo,
+                    const float* keep) {
+  out += column;
+  vf sum[M][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < M; r++)
+#pragma GCC unroll 8
+    for (int c = 0; c < N; c++) sum[r][c] = keep ? load(out + r * ldo + c * W) * keep[r] : vf{};
+  for (long k = from; k < to; k++) {
+    const auto* row = b.template row<N>(k, column);
+    vf right[N];
+#pragma GCC unroll 8
+    for (int c = 0; c < N; c++) right[c] = load(row + c * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) {
+      const vf left = splat(a[r * lda + k]);
+#pragma GCC unroll 8
+      for (int c = 0; c < N; c++) sum[r][c] = fma(left, right[c], sum[r][c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < M; r++)
+#pragma GCC unroll 8
+    for (int c = 0; c < N; c++) store(out + r * ldo + c * W, sum[r][c]);
+}
+
+// All columns of M rows, as many vectors at a time as the registers hold.
+template <int M, class B>
+void tile_columns(const float* a, long lda, B b, long from, long to, float* out, long ldo, long vectors,
+                  const float* keep) {
+  constexpr int kWide = (LS_REGISTERS - 4) / M;
+  constexpr int kMost = kWide >= 8 ? 8 : kWide >= 4 ? 4 : kWide >= 2 ? 2 : 1;
+  long c = 0;
+  for (; c + kMost <= vectors; c += kMost) tile<M, kMost>(a, lda, b, c * W, from, to, out, ldo, keep);
+  if constexpr (kMost > 4)
+    for (; c + 4 <= vectors; c += 4) tile<M, 4>(a, lda, b, c * W, from, to, out, ldo, keep);
+  if constexpr (kMost > 2)
+    for (; c + 2 <= vectors; c += 2) tile<M, 2>(a, lda, b, c * W, from, to, out, ldo, keep);
+  for (; c < vectors; c++) tile<M, 1>(a, lda, b, c * W, from, to, out, ldo, keep);
+}
+
+template <class B>
+void tile_rows(int rows, const float* a, long lda, B b, long from, long to, float* out, long ldo, long vectors,
+               const float* keep) {
+  switch (rows) {
+    case 1: return tile_columns<1>(a, lda, b, from, to, out, ldo, vectors, keep);
+    case 2: return tile_columns<2>(a, lda, b, from, to, out, ldo, vectors, keep);
+    case 3: return tile_columns<3>(a, lda, b, from, to, out, ldo, vectors, keep);
+    case 4: return tile_columns<4>(a, lda, b, from, to, out, ldo, vectors, keep);
+    case 5: return tile_columns<5>(a, lda, b, from, to, out, ldo, vectors, keep);
+    default: return tile_columns<6>(a, lda, b, from, to, out, ldo, vectors, keep);
+  }
+}
+
+// The column of one dimension, where fewer than Kw dimensions are left.
+template <class T>
+LS_INLINE vk load_column(const T* const* rows, long d) {
+  float lanes[Kw];
+  for (int i = 0; i < Kw; i++) lanes[i] = widen(rows[i][d]);
+  return load_k(lanes);
+}
+
+// Transposed keys: out[d][j] for keys j in [from, to), which are multiples of Kw.
+template <class T>
+void transpose_keys(const T* const* rows, long from, long to, long dim, float* out) {
+  for (long j = from; j < to; j += Kw) {
+    long d = 0;
+    for (; d + Kw <= dim; d += Kw) {
+      vk columns[Kw];
+      load_columns(rows + j, d, columns);
+#pragma GCC unroll 8
+      for (int i = 0; i < Kw; i++) store_k(out + (d + i) * kKeys + j, columns[i]);
+    }
+    for (; d < dim; d++) store_k(out + d * kKeys + j, load_column(rows + j, d));
+  }
+}
+
+// Fetches `count` rows of `dim` elements that will be needed soon.
+template <class T>
+LS_INLINE void fetch_rows(const T* const* rows, long count, long dim) {
+  for (long j = 0; j < count; j++)
+    for (long i = 0; i < dim * (long)sizeof(T); i += 64) __builtin_prefetch((const char*)rows[j] + i);
+}
+
+// Scores of M query rows and G groups of Kw keys, straight from the cache; their values are fetched meanwhile.
+template <int M, int G, class T>
+LS_INLINE void direct_scores(const float* query, const T* const* keys, const T* const* values, long dim,
+                             float* scores) {
+  vk sum[G][M] = {};
+  const long step = (G * Kw * Kw + dim - 1) / dim;
+  long d = 0, fetched = 0;
+  for (; d + Kw <= dim; d += Kw) {
+    const long fetch = min_of(step, G * Kw - fetched);
+    fetch_rows(values + fetched, fetch, dim);
+    fetched += fetch;
+#pragma GCC unroll 2
+    for (int g = 0; g < G; g++) {
+      vk columns[Kw];
+      load_columns(keys + g * Kw, d, columns);
+#pragma GCC unroll 8
+      for (int i = 0; i < Kw; i++)
+#pragma GCC unroll 8
+        for (int r = 0; r < M; r++) sum[g][r] = fma_k(splat_k(query[r * dim + d + i]), columns[i], sum[g][r]);
+    }
+  }
+  for (; d < dim; d++)
+    for (int g = 0; g < G; g++) {
+      const vk column = load_column(keys + g * Kw, d);
+      for (int r = 0; r < M; r++) sum[g][r] = fma_k(splat_k(query[r * dim + d]), column, sum[g][r]);
+    }
+  for (int g = 0; g < G; g++)
+    for (int r = 0; r < M; r++) store_k(scores + r * kKeys + g * Kw, sum[g][r]);
+}
+
+template <int M, class T>
+void direct_scores_of(const float* query, const T* const* keys, const T* const* values, long from, long to, long dim,
+                      float* scores) {
+  constexpr int G = M <= 3 ? 2 : 1;
+  long j = from;
+  for (; j + G * Kw <= to; j += G * Kw) direct_scores<M, G>(query, keys + j, values + j, dim, scores + j);
+  for (; j < to; j += Kw) direct_scores<M, 1>(query, keys + j, values + j, dim, scores + j);
+}
+
+// scores[r][j] of keys j in [from, to), multiples of Kw.
+template <class T>
+void score_rows(int rows, const float* query, const T* const* keys, const T* const* values, long from, long to,
+                long dim, float* scores) {
+  switch (rows) {
+    case 1: return direct_scores_of<1>(query, keys, values, from, to, dim, scores);
+    case 2: return direct_scores_of<2>(query, keys, values, from, to, dim, scores);
+    case 3: return direct_scores_of<3>(query, keys, values, from, to, dim, scores);
+    case 4: return direct_scores_of<4>(query, keys, values, from, to, dim, scores);
+    case 5: return direct_scores_of<5>(query, keys, values, from, to, dim, scores);
+    default: return direct_scores_of<6>(query, keys, values, from, to, dim, scores);
+  }
+}
+
+// Which keys of the block each row of a tile sees: [from, to), empty as [0, 0).
+struct Sight {
+  long from[kTileRows], to[kTileRows];
+  long all_from, all_to, last;  // what all rows see (if not empty), and the end of what any sees
+};
+
+// Online softmax (Milakov and Gimelshein, 2018) of the rows over the keys they see: scores become weights, `largest`
+// and `weight` (sum of weights) are brought forward, and `keep` is what earlier sums must be multiplied by.
+LS_INLINE void soften(int rows, const Sight& sight, float* scores, float* largest, float* weight, float* keep) {
+  const float lowest = -__builtin_inff();
+  const long vectors = (sight.last + W - 1) / W;
+  float drop[(kTileRows + W - 1) / W * W] = {};
+  for (int r = 0; r < rows; r++) {
+    float* row = scores + r * kKeys;
+    for (long j = 0; j < sight.from[r]; j++) row[j] = lowest;
+    for (long j = sight.to[r]; j < vectors * W; j++) row[j] = lowest;
+    vf most = load(row);
+    for (long v = 1; v < vectors; v++) most = vmax(most, load(row + v * W));
+    const float now = lane_max(most), before = largest[r];
+    largest[r] = now > before ? now : before;
+    drop[r] = weight[r] == 0.0f ? lowest : before - largest[r];
+  }
+  for (long r = 0; r < rows; r += W) store(drop + r, vexp_of_negative(load(drop + r)));
+  for (int r = 0; r < rows; r++) {
+    if (sight.to[r] == 0) {  // sees nothing here
+      keep[r] = 1.0f;
+      continue;
+    }
+    float* row = scores + r * kKeys;
+    const vf highest = splat(largest[r]);
+    vf total = {};
+    for (long v = 0; v < vectors; v++) {
+      const vf p = vexp_of_negative(load(row + v * W) - highest);
+      store(row + v * W, p);
+      total = total + p;
+    }
+    keep[r] = drop[r];
+    weight[r] = weight[r] * keep[r] + lane_sum(total);
+  }
+}
+
+// sum[r] = sum[r] * keep[r] + the weighted values that row r sees.
+template <class B>
+LS_INLINE void add_values(int rows, const Sight& sight, const float* weights, B values, float* sum, long padded,
+                          const float* keep) {
+  const float ones[kTileRows] = {1, 1, 1, 1, 1, 1};
+  const bool shared = sight.all_from < sight.all_to;
+  float scale[kTileRows];
+  for (int r = 0; r < rows; r++) {  // what a row sees before the others do, it adds alone
+    const long end = shared ? sight.all_from : sight.to[r];
+    scale[r] = keep[r];
+    if (sight.from[r] >= end) continue;
+    tile_rows(1, weights + r * kKeys, 0, values, sight.from[r], end, sum + r * padded, 0, padded / W, scale + r);
+    scale[r] = 1.0f;
+  }
+  if (!shared) return;
+  tile_rows(rows, weights, kKeys, values, sight.all_from, sight.all_to, sum, padded, padded / W, scale);
+  for (int r = 0; r < rows; r++)  // and so after
+    if (sight.all_to < sight.to[r])
+      tile_rows(1, weights + r * kKeys, 0, values, sight.all_to, sight.to[r], sum + r * padded, 0, padded / W, ones);
+}
+
+// (sum, largest, weight) of one row joined with those of the next split.
+LS_INLINE void merge(float* sum, float& largest, float& weight, const float* more, float more_largest,
+                     float more_weight, long padded) {
+  if (more_weight == 0.0f) return;  // saw no key
+  if (weight == 0.0f) {
+    memcpy(sum, more, (size_t)padded * sizeof(float));
+    largest = more_largest;
+    weight = more_weight;
+    return;
+  }
+  const float joint = largest > more_largest ? largest : more_largest;
+  const float keep = vexp_of_negative(splat(largest - joint))[0], add = vexp_of_negative(splat(more_largest - joint))[0];
+  for (long d = 0; d < padded; d += W) store(sum + d, fma(load(more + d), splat(add), load(sum + d) * keep));
+  weight = weight * keep + more_weight * add;
+  largest = joint;
+}
+
+}  // namespace
