@@ -22,6 +22,10 @@ PARAMS = [
 ]
 NEW = 8
 VARIANTS = [("float32", "torch"), ("bfloat16", "torch"), ("float32", "native"), ("bfloat16", "native")]
+FAMILIES = ("llama", "gpt2", "qwen3", "mistral-window", "gemma3", "olmo2", "qwen3-moe-mixed")
+RELATIVES = ("granite", "phi3", "mixtral")
+CASES = [(family, *variant) for family in FAMILIES for variant in VARIANTS]
+CASES += [(family, *variant) for family in RELATIVES for variant in VARIANTS[1:3]]
 
 
 @cache
@@ -41,8 +45,7 @@ def _alone(family: str, dtype: str, kernels: str, which: int) -> tuple:
     return tuple(driver.ids[f"alone{which}"]), tuple(logprobs)
 
 
-@pytest.mark.parametrize(("dtype", "kernels"), VARIANTS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral-window"])
+@pytest.mark.parametrize(("family", "dtype", "kernels"), CASES)
 @settings(max_examples=4)
 @given(seed=st.integers(0, 2**32))
 def test_any_batch_any_chunks_any_preemption(family: str, dtype: str, kernels: str, seed: int) -> None:

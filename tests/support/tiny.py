@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.core_model_loading import revert_weight_conversion
 
 from liushui.config import EngineConfig
 from liushui.core.plan import NewSequence, PlanItem, StepPlan, StepResult
@@ -32,6 +33,19 @@ LLAMA3_ROPE = {
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+GRANITE = {
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 1.7,
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 12}
 
 
 def _configs() -> dict[str, transformers.PretrainedConfig]:
@@ -51,6 +65,26 @@ def _configs() -> dict[str, transformers.PretrainedConfig]:
         "qwen2": t.Qwen2Config(**COMMON),
         "qwen2-window": t.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=16, max_window_layers=1),
         "qwen3": t.Qwen3Config(**COMMON, head_dim=20),
+        "gemma3": t.Gemma3TextConfig(
+            **COMMON,
+            head_dim=12,
+            sliding_window=16,
+            query_pre_attn_scalar=20,
+            layer_types=GEMMA3_LAYERS,
+            rope_parameters=GEMMA3_ROPE,
+            pad_token_id=0,
+        ),
+        "phi3": t.Phi3Config(**COMMON, pad_token_id=0, sliding_window=40),
+        "phi3-partial-rope": t.Phi3Config(
+            **COMMON | {"num_attention_heads": 4}, pad_token_id=0, rope_parameters=PARTIAL_ROPE
+        ),
+        "granite": t.GraniteConfig(**COMMON, **GRANITE, tie_word_embeddings=True),
+        "olmo2": t.Olmo2Config(**COMMON),
+        "mixtral": t.MixtralConfig(**COMMON, num_local_experts=5, num_experts_per_tok=2),
+        "qwen3-moe": t.Qwen3MoeConfig(**COMMON, **EXPERTS, norm_topk_prob=True),
+        "qwen3-moe-mixed": t.Qwen3MoeConfig(
+            **COMMON, **EXPERTS, norm_topk_prob=False, mlp_only_layers=[1], use_sliding_window=True, sliding_window=16
+        ),
     }
 
 
@@ -96,7 +130,8 @@ def oracle(family: str, seed: int = 0, **changes: Any) -> transformers.PreTraine
 def checkpoint(model: transformers.PreTrainedModel) -> DictCheckpoint:
     config = model.config.to_dict()
     config["architectures"] = [type(model).__name__]
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = revert_weight_conversion(model, model.state_dict())  # names and shapes of the files
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if config.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)
     return DictCheckpoint(config, tensors)

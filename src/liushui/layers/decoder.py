@@ -1,15 +1,19 @@
-"""The pre-norm decoder that Llama, Mistral and the Qwen families share: RMSNorm, rotary attention, SwiGLU."""
+"""The rotary decoder with RMSNorm and gated MLPs that most families share, built part by part.
 
-from collections.abc import Mapping
+Each part has its method; a family overrides those that differ. As they stand here they make Llama.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from liushui.errors import ModelError
-from liushui.kernels.policy import KernelPolicy
+from liushui.kernels.policy import KernelPolicy, Linear
 from liushui.layers.attention import Attention, AttentionShape
 from liushui.layers.batch import BatchTensors, KVCache
+from liushui.layers.blocks import Activation, DecoderLayer, GatedMLP, RMSNorm
 from liushui.layers.rotary import rope_table
 from liushui.layers.weights import Weights
 
@@ -33,7 +37,7 @@ class DecoderConfig:
     def read(cls, config: Mapping[str, Any]) -> "DecoderConfig":
         try:
             heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-            read = cls(
+            return cls(
                 vocab_size=int(config["vocab_size"]),
                 hidden_size=hidden,
                 intermediate_size=int(config["intermediate_size"]),
@@ -47,53 +51,24 @@ class DecoderConfig:
             )
         except KeyError as missing:
             raise ModelError(f"config: key {missing} is missing") from None
-        if config.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise ModelError(f"config: hidden_act {config['hidden_act']!r} is not supported by this family (silu)")
-        return read
-
-
-class GatedMLP:
-    """x [T, H] -> [T, H]: silu(x Wg) * (x Wu), then Wd (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, policy: KernelPolicy, weights: Weights, prefix: str, hidden: int, inner: int) -> None:
-        gate_up = weights.take_rows([f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"], [inner] * 2, hidden)
-        self.ops = policy.ops
-        self.gate_up = policy.linear(gate_up)
-        self.down = policy.linear(weights.take(f"{prefix}.down_proj.weight", hidden, inner))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.ops.silu_mul(self.gate_up(x)))
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderLayer:
-    """One layer: both sub-layers read a normalised copy of the residual stream and add to it."""
-
-    input_norm: torch.Tensor
-    attention: Attention
-    post_norm: torch.Tensor
-    mlp: GatedMLP
 
 
 class Decoder:
-    """Token ids in, hidden states out. Families override the attention's geometry, biases and norms."""
+    """Token ids in, hidden states out."""
 
-    qk_norm = False
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Keys that the family's config.json files may leave out."""
 
     def __init__(self, config: Mapping[str, Any], weights: Weights, policy: KernelPolicy, max_positions: int) -> None:
-        self.config = c = DecoderConfig.read(config)
+        self.source = {**self.defaults, **config}
+        self.config = c = DecoderConfig.read(self.source)
         self.policy, self.ops = policy, policy.ops
-        self.source = config
-        self.qkv_bias, self.output_bias = self.biases(config)
-        rope_freqs = "rope_freqs.weight"
-        factors = None
-        if rope_freqs in weights:
-            factors = weights.take(rope_freqs, c.head_dim // 2, dtype=torch.float32).cpu()
-        self.rope = rope_table(config, c.head_dim, max_positions, factors).to(weights.device)
+        self.activation = self.pick_activation()
+        self.ropes = self.rope_tables(weights, max_positions)
         self.prefix = weights.strip_prefix("model.")
         self.embedding = weights.take(f"{self.prefix}embed_tokens.weight", c.vocab_size, c.hidden_size)
-        self.layers = [self.layer(weights, i) for i in range(c.num_layers)]
-        self.norm = weights.take(f"{self.prefix}norm.weight", c.hidden_size)
+        self.layers = [self.layer(weights, i, f"{self.prefix}layers.{i}") for i in range(c.num_layers)]
+        self.norm = self.take_norm(weights, f"{self.prefix}norm", c.hidden_size)
         if c.tied:
             weights.drop("lm_head.weight")
             self.head = policy.linear(self.embedding)
@@ -101,55 +76,91 @@ class Decoder:
             self.head = policy.linear(weights.take("lm_head.weight", c.vocab_size, c.hidden_size))
         self.shape = self.attention_shape(0)
 
-    @staticmethod
-    def biases(config: Mapping[str, Any]) -> tuple[bool, bool]:
+    def pick_activation(self) -> Activation:
+        """The MLP's. Raises `ModelError` for one that the family does not have."""
+        name = self.source.get("hidden_act", "silu")
+        if name not in ("silu", "swish"):
+            raise ModelError(f"config: hidden_act {name!r} is not supported by this family (silu)")
+        return self.ops.silu_mul
+
+    def biases(self) -> tuple[bool, bool]:
         """Whether the product for q, k, v and the output product have biases."""
         return False, False
+
+    def rope_tables(self, weights: Weights, max_positions: int) -> Sequence[torch.Tensor]:
+        """Each layer's table [max_positions, rotary dimension]."""
+        c, factors = self.config, None
+        if (name := "rope_freqs.weight") in weights:
+            factors = weights.take(name, c.head_dim // 2, dtype=torch.float32).cpu()
+        return [rope_table(self.source, c.head_dim, max_positions, factors).to(weights.device)] * c.num_layers
+
+    def take_norm(self, weights: Weights, name: str, size: int) -> RMSNorm:
+        return RMSNorm(self.ops, weights.take(f"{name}.weight", size), self.config.eps)
 
     def attention_shape(self, layer: int) -> AttentionShape:
         """The geometry of a layer's attention."""
         c = self.config
         return AttentionShape(c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim**-0.5)
 
-    def attention(self, weights: Weights, layer: int) -> Attention:
-        c, shape = self.config, self.attention_shape(layer)
-        prefix = f"{self.prefix}layers.{layer}.self_attn"
-        names = [f"{prefix}.{name}_proj" for name in "qkv"]
-        weight = weights.take_rows([f"{n}.weight" for n in names], shape.qkv_rows, c.hidden_size)
-        bias = weights.take_rows([f"{n}.bias" for n in names], shape.qkv_rows) if self.qkv_bias else None
-        output_bias = weights.take(f"{prefix}.o_proj.bias", c.hidden_size) if self.output_bias else None
-        output = weights.take(f"{prefix}.o_proj.weight", c.hidden_size, shape.qkv_rows[0])
-        norms = [weights.take(f"{prefix}.{n}_norm.weight", c.head_dim) if self.qk_norm else None for n in "qk"]
-        return Attention(
-            self.policy, shape, self.policy.linear(weight, bias), self.policy.linear(output, output_bias),
-            self.rope, norms[0], norms[1], c.eps,
-        )  # fmt: skip
+    def qkv_weight(self, weights: Weights, prefix: str, shape: AttentionShape) -> torch.Tensor:
+        """[(Hq + 2 Hk) D, H]: the projections of query, key and value, one below the other."""
+        return weights.take_rows([f"{prefix}.{n}_proj.weight" for n in "qkv"], shape.qkv_rows, self.config.hidden_size)
 
-    def layer(self, weights: Weights, index: int) -> DecoderLayer:
-        c, prefix = self.config, f"{self.prefix}layers.{index}"
+    def qkv(self, weights: Weights, prefix: str, shape: AttentionShape) -> Linear:
+        """x [T, H] -> [T, (Hq + 2 Hk) D]."""
+        weight, bias = self.qkv_weight(weights, prefix, shape), None
+        if self.biases()[0]:
+            bias = weights.take_rows([f"{prefix}.{n}_proj.bias" for n in "qkv"], shape.qkv_rows)
+        return self.policy.linear(weight, bias)
+
+    def head_norms(self, weights: Weights, prefix: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Factors [D] with which each head of q and of k is RMS-normed before the rotation."""
+        return None, None
+
+    def attention(self, weights: Weights, layer: int, prefix: str) -> Attention:
+        shape, hidden = self.attention_shape(layer), self.config.hidden_size
+        qkv = self.qkv(weights, prefix, shape)
+        bias = weights.take(f"{prefix}.o_proj.bias", hidden) if self.biases()[1] else None
+        output = self.policy.linear(weights.take(f"{prefix}.o_proj.weight", hidden, shape.qkv_rows[0]), bias)
+        norms = self.head_norms(weights, prefix)
+        return Attention(self.policy, shape, qkv, output, self.ropes[layer], *norms, self.config.eps)
+
+    def gate_up_weight(self, weights: Weights, prefix: str, inner: int) -> torch.Tensor:
+        """[2 I, H]: the projections of gate and value, one below the other."""
+        names = [f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"]
+        return weights.take_rows(names, [inner, inner], self.config.hidden_size)
+
+    def gated(self, weights: Weights, prefix: str, inner: int) -> GatedMLP:
+        """A gated MLP of width `inner`."""
+        gate_up = self.policy.linear(self.gate_up_weight(weights, prefix, inner))
+        down = self.policy.linear(weights.take(f"{prefix}.down_proj.weight", self.config.hidden_size, inner))
+        return GatedMLP(gate_up, self.activation, down)
+
+    def mlp(self, weights: Weights, layer: int, prefix: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A layer's second half: [T, H] -> [T, H]."""
+        return self.gated(weights, f"{prefix}.mlp", self.config.intermediate_size)
+
+    def layer(self, weights: Weights, layer: int, prefix: str) -> DecoderLayer:
+        hidden = self.config.hidden_size
         return DecoderLayer(
-            input_norm=weights.take(f"{prefix}.input_layernorm.weight", c.hidden_size),
-            attention=self.attention(weights, index),
-            post_norm=weights.take(f"{prefix}.post_attention_layernorm.weight", c.hidden_size),
-            mlp=GatedMLP(self.policy, weights, f"{prefix}.mlp", c.hidden_size, c.intermediate_size),
+            attention_input=self.take_norm(weights, f"{prefix}.input_layernorm", hidden),
+            attention=self.attention(weights, layer, f"{prefix}.self_attn"),
+            mlp_input=self.take_norm(weights, f"{prefix}.post_attention_layernorm", hidden),
+            mlp=self.mlp(weights, layer, prefix),
         )
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """[T] -> [T, H], a tensor of its own."""
+        return self.embedding[ids]
 
     def forward(self, kv: KVCache, batch: BatchTensors) -> torch.Tensor:
         """The batch's T token ids -> hidden states [T, H] after the last norm; keys and values go to `kv`."""
-        eps, norm = self.config.eps, self.ops.rms_norm
-        residual = self.embedding[batch.ids]
+        residual = self.embed(batch.ids)
         update = None
         for index, layer in enumerate(self.layers):
-            x = (
-                norm(residual, layer.input_norm, eps)
-                if update is None
-                else norm(update, layer.input_norm, eps, residual)
-            )
-            attended = layer.attention(x, index, kv, batch)
-            update = layer.mlp(norm(attended, layer.post_norm, eps, residual))
-        if update is None:
-            return norm(residual, self.norm, eps)
-        return norm(update, self.norm, eps, residual)
+            attended = layer.attention(layer.attention_input(update, residual), index, kv, batch)
+            update = layer.mlp(layer.mlp_input(attended, residual))
+        return self.norm(update, residual)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, H] -> [R, vocab] in the arithmetic type."""

@@ -1,11 +1,11 @@
 """Llama 2 and 3, SmolLM2, TinyLlama, Mistral (arXiv:2302.13971, 2307.09288, 2407.21783, 2310.06825)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+
+import torch
 
 from liushui.errors import ModelError
-from liushui.kernels.policy import KernelPolicy
 from liushui.layers.attention import AttentionShape
 from liushui.layers.decoder import Decoder
 from liushui.layers.weights import Weights
@@ -14,15 +14,14 @@ from liushui.layers.weights import Weights
 class Llama(Decoder):
     """The plain decoder; some checkpoints put biases on the attention's products."""
 
-    def __init__(self, config: Mapping[str, Any], weights: Weights, policy: KernelPolicy, max_positions: int) -> None:
-        if config.get("mlp_bias"):
-            raise ModelError("config: mlp_bias is not supported")
-        super().__init__(config, weights, policy, max_positions)
-
-    @staticmethod
-    def biases(config: Mapping[str, Any]) -> tuple[bool, bool]:
-        biased = bool(config.get("attention_bias", False))
+    def biases(self) -> tuple[bool, bool]:
+        biased = bool(self.source.get("attention_bias", False))
         return biased, biased
+
+    def mlp(self, weights: Weights, layer: int, prefix: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        if self.source.get("mlp_bias"):
+            raise ModelError("config: mlp_bias is not supported")
+        return super().mlp(weights, layer, prefix)
 
 
 class Mistral(Llama):

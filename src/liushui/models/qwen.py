@@ -1,18 +1,18 @@
-"""Qwen2 and Qwen2.5 (arXiv:2407.10671, 2412.15115) and Qwen3 (arXiv:2505.09388), dense."""
+"""Qwen2 and Qwen2.5 (arXiv:2407.10671, 2412.15115) and Qwen3 (arXiv:2505.09388)."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+
+import torch
 
 from liushui.layers.attention import AttentionShape
 from liushui.layers.decoder import Decoder
+from liushui.layers.weights import Weights
 
 
 class Qwen2(Decoder):
     """Biases on q, k and v; a sliding window on the layers that the config names."""
 
-    @staticmethod
-    def biases(config: Mapping[str, Any]) -> tuple[bool, bool]:
+    def biases(self) -> tuple[bool, bool]:
         return True, False
 
     def attention_shape(self, layer: int) -> AttentionShape:
@@ -30,9 +30,10 @@ class Qwen2(Decoder):
 class Qwen3(Qwen2):
     """RMSNorm on each head of q and k before the rotation; biases only where the config says so."""
 
-    qk_norm = True
-
-    @staticmethod
-    def biases(config: Mapping[str, Any]) -> tuple[bool, bool]:
-        biased = bool(config.get("attention_bias", False))
+    def biases(self) -> tuple[bool, bool]:
+        biased = bool(self.source.get("attention_bias", False))
         return biased, biased
+
+    def head_norms(self, weights: Weights, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
+        size = self.config.head_dim
+        return weights.take(f"{prefix}.q_norm.weight", size), weights.take(f"{prefix}.k_norm.weight", size)

@@ -11,8 +11,13 @@ from liushui.kernels.policy import KernelPolicy
 from liushui.layers.attention import AttentionShape
 from liushui.layers.batch import BatchTensors, KVCache
 from liushui.layers.weights import Weights
+from liushui.models.gemma3 import Gemma3
 from liushui.models.gpt2 import GPT2
+from liushui.models.granite import Granite
 from liushui.models.llama import Llama, Mistral
+from liushui.models.moe import Mixtral, Qwen3Moe
+from liushui.models.olmo2 import Olmo2
+from liushui.models.phi3 import Phi3
 from liushui.models.qwen import Qwen2, Qwen3
 
 
@@ -28,10 +33,16 @@ class Model(Protocol):
 
 ARCHITECTURES: dict[str, Callable[[Mapping[str, Any], Weights, KernelPolicy, int], Model]] = {
     "GPT2LMHeadModel": GPT2,
+    "Gemma3ForCausalLM": Gemma3,
+    "GraniteForCausalLM": Granite,
     "LlamaForCausalLM": Llama,
     "MistralForCausalLM": Mistral,
+    "MixtralForCausalLM": Mixtral,
+    "Olmo2ForCausalLM": Olmo2,
+    "Phi3ForCausalLM": Phi3,
     "Qwen2ForCausalLM": Qwen2,
     "Qwen3ForCausalLM": Qwen3,
+    "Qwen3MoeForCausalLM": Qwen3Moe,
 }
 
 
