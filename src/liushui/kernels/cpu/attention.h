@@ -52,8 +52,8 @@ template <class T>
 struct Block {
   Place<T> here, ahead;
   const float* values[kKeys];
-  float *transposed, *widened;  // [dim, kKeys] keys, for many query rows; [kKeys, padded dim] values where need be
-  bool few, in_place;           // few query rows: keys are read as they lie, and values if they are whole vectors
+  float *transposed, *widened;  // [dim, kKeys] keys; [kKeys, padded dim] values where need be
+  bool in_place;                // few query rows use the values as they lie in the cache
 };
 
 // Values as whole vectors of floats, for all rows of the task.
@@ -116,12 +116,8 @@ void add_block(const Attention<T>& a, const Rows& rows, Block<T>& block, const S
   const long dim = a.head_dim, padded = a.padded_dim();
   const float* query = rows.query + row * dim;
   float *sum = rows.sum + row * padded, keep[kTileRows];
-  if (block.few)
-    score_rows(count, query, block.here.keys, block.here.values, block.here.from,
-               min_of(block.here.to, round_up(sight.last, Kw)), dim, rows.scores);
-  else
-    tile_rows(count, query, dim, Matrix{block.transposed, kKeys}, 0, dim, rows.scores, kKeys,
-              (sight.last + W - 1) / W, nullptr);
+  tile_rows(count, query, dim, Matrix{block.transposed, kKeys}, 0, dim, rows.scores, kKeys, (sight.last + W - 1) / W,
+            nullptr);
   soften(count, sight, rows.scores, rows.largest + row, rows.weight + row, keep);
   if (block.in_place)
     add_values(count, sight, rows.scores, Fetching<T>{block.here.values, block.ahead.keys}, sum, padded, keep);
@@ -144,11 +140,11 @@ void attend_split(Attention<T>& a, const AttentionTask& task, long split, const 
     return locate(a, task, start, min_of(kKeys, max_of(0, lowest - start)), max_of(0, min_of(kKeys, end - start)), place);
   };
   if (!find(begin, block.ahead)) return;
-  if (block.few) fetch_rows(block.ahead.keys, kKeys, a.head_dim);
+  fetch_rows(block.ahead.keys, kKeys, a.head_dim);
   for (long start = begin; start < end; start += kKeys) {
     block.here = block.ahead;
     if (!find(start + kKeys, block.ahead)) return;
-    if (!block.few) transpose_keys(block.here.keys, block.here.from, block.here.to, a.head_dim, block.transposed);
+    transpose_keys(block.here.keys, block.here.values, block.here.from, block.here.to, a.head_dim, block.transposed);
     if (!block.in_place) widen_values(a, block);
     for (long row = 0; row < count; row += kTileRows) {
       const int height = (int)min_of(kTileRows, count - row);
@@ -203,8 +199,7 @@ void attend_task(void* context, long index) {
   Block<T> block;
   block.transposed = part[5];
   block.widened = part[6];
-  block.few = count <= 2 * kTileRows;
-  block.in_place = block.few && dim % W == 0;
+  block.in_place = count <= 2 * kTileRows && dim % W == 0;
   if (padded > dim) memset(block.widened, 0, (size_t)(kKeys * padded) * sizeof(float));
   float *sum = part[7], *largest = part[8], *weight = part[9];
   memset(weight, 0, (size_t)count * sizeof(float));

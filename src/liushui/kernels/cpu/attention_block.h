@@ -1,7 +1,6 @@
 // Attention's arithmetic on one block of keys: scores, online softmax, weighted values.
 //
-// Whichever way a score is computed, from keys as they lie in the cache (few query rows) or from transposed ones
-// (many), it is the same chain of operations over the head dimension, so the same bits.
+// Every number is formed by one chain of operations, whatever else is in the tile.
 #pragma once
 #include "simd.h"
 
@@ -53,14 +52,26 @@ LS_INLINE void tile(const float* a, long lda, B b, long column, long from, long 
     for (int c = 0; c < N; c++) sum[r][c] = keep ? load(out + r * ldo + c * W) * keep[r] : vf{};
   for (long k = from; k < to; k++) {
     const auto* row = b.template row<N>(k, column);
-    vf right[N];
+    if constexpr (M < N) {  // the fewer operands stay in registers beside the sums
+      vf left[M];
 #pragma GCC unroll 8
-    for (int c = 0; c < N; c++) right[c] = load(row + c * W);
+      for (int r = 0; r < M; r++) left[r] = splat(a[r * lda + k]);
 #pragma GCC unroll 8
-    for (int r = 0; r < M; r++) {
-      const vf left = splat(a[r * lda + k]);
+      for (int c = 0; c < N; c++) {
+        const vf right = load(row + c * W);
 #pragma GCC unroll 8
-      for (int c = 0; c < N; c++) sum[r][c] = fma(left, right[c], sum[r][c]);
+        for (int r = 0; r < M; r++) sum[r][c] = fma(left[r], right, sum[r][c]);
+      }
+    } else {
+      vf right[N];
+#pragma GCC unroll 8
+      for (int c = 0; c < N; c++) right[c] = load(row + c * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++) {
+        const vf left = splat(a[r * lda + k]);
+#pragma GCC unroll 8
+        for (int c = 0; c < N; c++) sum[r][c] = fma(left, right[c], sum[r][c]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -97,27 +108,12 @@ void tile_rows(int rows, const float* a, long lda, B b, long from, long to, floa
   }
 }
 
-// The column of one dimension, where fewer than Kw dimensions are left.
+// The column of one dimension, where fewer than four are left.
 template <class T>
 LS_INLINE vk load_column(const T* const* rows, long d) {
   float lanes[Kw];
   for (int i = 0; i < Kw; i++) lanes[i] = widen(rows[i][d]);
   return load_k(lanes);
-}
-
-// Transposed keys: out[d][j] for keys j in [from, to), which are multiples of Kw.
-template <class T>
-void transpose_keys(const T* const* rows, long from, long to, long dim, float* out) {
-  for (long j = from; j < to; j += Kw) {
-    long d = 0;
-    for (; d + Kw <= dim; d += Kw) {
-      vk columns[Kw];
-      load_columns(rows + j, d, columns);
-#pragma GCC unroll 8
-      for (int i = 0; i < Kw; i++) store_k(out + (d + i) * kKeys + j, columns[i]);
-    }
-    for (; d < dim; d++) store_k(out + d * kKeys + j, load_column(rows + j, d));
-  }
 }
 
 // Fetches `count` rows of `dim` elements that will be needed soon.
@@ -127,56 +123,18 @@ LS_INLINE void fetch_rows(const T* const* rows, long count, long dim) {
     for (long i = 0; i < dim * (long)sizeof(T); i += 64) __builtin_prefetch((const char*)rows[j] + i);
 }
 
-// Scores of M query rows and G groups of Kw keys, straight from the cache; their values are fetched meanwhile.
-template <int M, int G, class T>
-LS_INLINE void direct_scores(const float* query, const T* const* keys, const T* const* values, long dim,
-                             float* scores) {
-  vk sum[G][M] = {};
-  const long step = (G * Kw * Kw + dim - 1) / dim;
-  long d = 0, fetched = 0;
-  for (; d + Kw <= dim; d += Kw) {
-    const long fetch = min_of(step, G * Kw - fetched);
-    fetch_rows(values + fetched, fetch, dim);
-    fetched += fetch;
-#pragma GCC unroll 2
-    for (int g = 0; g < G; g++) {
-      vk columns[Kw];
-      load_columns(keys + g * Kw, d, columns);
-#pragma GCC unroll 8
-      for (int i = 0; i < Kw; i++)
-#pragma GCC unroll 8
-        for (int r = 0; r < M; r++) sum[g][r] = fma_k(splat_k(query[r * dim + d + i]), columns[i], sum[g][r]);
-    }
-  }
-  for (; d < dim; d++)
-    for (int g = 0; g < G; g++) {
-      const vk column = load_column(keys + g * Kw, d);
-      for (int r = 0; r < M; r++) sum[g][r] = fma_k(splat_k(query[r * dim + d]), column, sum[g][r]);
-    }
-  for (int g = 0; g < G; g++)
-    for (int r = 0; r < M; r++) store_k(scores + r * kKeys + g * Kw, sum[g][r]);
-}
-
-template <int M, class T>
-void direct_scores_of(const float* query, const T* const* keys, const T* const* values, long from, long to, long dim,
-                      float* scores) {
-  constexpr int G = M <= 3 ? 2 : 1;
-  long j = from;
-  for (; j + G * Kw <= to; j += G * Kw) direct_scores<M, G>(query, keys + j, values + j, dim, scores + j);
-  for (; j < to; j += Kw) direct_scores<M, 1>(query, keys + j, values + j, dim, scores + j);
-}
-
-// scores[r][j] of keys j in [from, to), multiples of Kw.
+// Transposed keys: out[d][j] for keys j in [from, to), which are multiples of Kw. Their values are fetched meanwhile.
 template <class T>
-void score_rows(int rows, const float* query, const T* const* keys, const T* const* values, long from, long to,
-                long dim, float* scores) {
-  switch (rows) {
-    case 1: return direct_scores_of<1>(query, keys, values, from, to, dim, scores);
-    case 2: return direct_scores_of<2>(query, keys, values, from, to, dim, scores);
-    case 3: return direct_scores_of<3>(query, keys, values, from, to, dim, scores);
-    case 4: return direct_scores_of<4>(query, keys, values, from, to, dim, scores);
-    case 5: return direct_scores_of<5>(query, keys, values, from, to, dim, scores);
-    default: return direct_scores_of<6>(query, keys, values, from, to, dim, scores);
+void transpose_keys(const T* const* keys, const T* const* values, long from, long to, long dim, float* out) {
+  for (long j = from; j < to; j += Kw) {
+    fetch_rows(values + j, Kw, dim);
+    long d = 0;
+    for (; d + 4 <= dim; d += 4) {
+      vk columns[4];
+      load_columns(keys + j, d, columns);
+      for (int i = 0; i < 4; i++) store_k(out + (d + i) * kKeys + j, columns[i]);
+    }
+    for (; d < dim; d++) store_k(out + d * kKeys + j, load_column(keys + j, d));
   }
 }
 

@@ -176,7 +176,7 @@ LS_INLINE vf vexp_of_negative(vf x) {
 // x times the logistic function of y.
 LS_INLINE vf times_sigmoid(vf x, vf y) { return x / (1.0f + vexp(-y)); }
 
-// The vector in which keys are transposed: Kw rows of Kw floats stay in registers.
+// Keys are turned into columns 4 dimensions at a time: `load_columns` makes 4 vectors of Kw keys each.
 #if defined(__AVX2__)
 constexpr int Kw = 8;
 typedef __m256 vk;
@@ -186,36 +186,25 @@ LS_INLINE vk load_k(const float* p) { return _mm256_loadu_ps(p); }
 LS_INLINE void store_k(float* p, vk v) { _mm256_storeu_ps(p, v); }
 LS_INLINE vk fma_k(vk a, vk b, vk c) { return _mm256_fmadd_ps(a, b, c); }
 
-// Halves of two rows side by side: what the in-lane half of a transposition of 8 x 8 starts from.
-LS_INLINE void load_halves(const float* low, const float* high, vk& first, vk& second) {
-  first = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
-  second = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)), _mm_loadu_ps(high + 4), 1);
+// Four elements of one row beside four of another.
+LS_INLINE vk load_beside(const float* low, const float* high) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
 }
-LS_INLINE void load_halves(const bf16* low, const bf16* high, vk& first, vk& second) {
-  const __m128i* l = (const __m128i*)low;
-  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(l)),
-                                               _mm_loadu_si128((const __m128i*)high), 1);
-  first = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), both));
-  second = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), both));
+LS_INLINE vk load_beside(const bf16* low, const bf16* high) {
+  const __m128i l = _mm_loadl_epi64((const __m128i*)low), h = _mm_loadl_epi64((const __m128i*)high);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_unpacklo_epi64(l, h)), 16));
 }
 
-LS_INLINE void transpose_4x4(vk a, vk b, vk c, vk d, vk* out) {
-  const vk ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
-  out[0] = _mm256_shuffle_ps(ab, cd, 0x44);
-  out[1] = _mm256_shuffle_ps(ab, cd, 0xee);
-  const vk ab2 = _mm256_unpackhi_ps(a, b), cd2 = _mm256_unpackhi_ps(c, d);
-  out[2] = _mm256_shuffle_ps(ab2, cd2, 0x44);
-  out[3] = _mm256_shuffle_ps(ab2, cd2, 0xee);
-}
-
-// Kw elements of each of Kw rows, from d on, turned into columns.
 template <class T>
 LS_INLINE void load_columns(const T* const* rows, long d, vk* columns) {
-  vk a[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) load_halves(rows[i] + d, rows[i + 4] + d, a[i], a[i + 4]);
-  transpose_4x4(a[0], a[1], a[2], a[3], columns);
-  transpose_4x4(a[4], a[5], a[6], a[7], columns + 4);
+  const vk a = load_beside(rows[0] + d, rows[4] + d), b = load_beside(rows[1] + d, rows[5] + d);
+  const vk c = load_beside(rows[2] + d, rows[6] + d), e = load_beside(rows[3] + d, rows[7] + d);
+  const vk ab = _mm256_unpacklo_ps(a, b), ce = _mm256_unpacklo_ps(c, e);
+  const vk ab2 = _mm256_unpackhi_ps(a, b), ce2 = _mm256_unpackhi_ps(c, e);
+  columns[0] = _mm256_shuffle_ps(ab, ce, 0x44);
+  columns[1] = _mm256_shuffle_ps(ab, ce, 0xee);
+  columns[2] = _mm256_shuffle_ps(ab2, ce2, 0x44);
+  columns[3] = _mm256_shuffle_ps(ab2, ce2, 0xee);
 }
 #else
 constexpr int Kw = 4;
