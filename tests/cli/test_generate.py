@@ -121,7 +121,7 @@ def test_verbose_writes_what_was_in_force(liushui, engine_flags, prompts):
     row = done.rows[0]
     assert row["effective_params"]["temperature"] == 1
     assert row["effective_params"]["seed"] == row["seed"]
-    assert '"block_size": 16' in done.err
+    assert '"max_num_seqs": 64' in done.err
 
 
 def test_extras_are_saved(liushui, engine_flags, prompts, tmp_path):
