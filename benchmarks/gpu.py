@@ -14,8 +14,12 @@ measured copy bandwidth, and operations over the measured rate of a bf16 product
 
 import argparse
 import json
+import os
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
@@ -183,17 +187,17 @@ class Bench:
         sizes = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(256)]
         params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=None)
         runs = []
-        for _ in range(repeats + 1):
+        for _ in range(repeats):
             requests = [self.request(self.prompt(p, i), n, params, seed=i) for i, (p, n) in enumerate(sizes)]
             runs.append(self.serve(requests)[0])
-        for run in runs[1:]:
+        for run in runs:
             gaps = [b[0] - a[0] for a, b in zip(run.ends, run.ends[1:], strict=False)]
             gaps.sort()
             say(
                 T1="tok/s", value=round(run.tokens / run.seconds), of_floor=round(run.floor / run.seconds, 3),
                 seconds=round(run.seconds, 2), steps=len(run.ends), host_ms=_ms(statistics.median(run.host)),
                 step_p50_ms=_ms(gaps[len(gaps) // 2]), step_p99_ms=_ms(gaps[int(len(gaps) * 0.99)]),
-                first_run_s=round(runs[0].seconds, 2), graphs=len(self.runner.steps.graphs),
+                graphs=len(self.runner.steps.graphs),
             )  # fmt: skip
 
     def decode(self, name: str, count: int, prompt: int, new: int, temperature: float) -> None:
@@ -219,7 +223,7 @@ class Bench:
         value = statistics.median(rates[2:])
         say(T4="TFLOP/s", value=round(value, 1), of_rate=round(value * 1e12 / self.costs.rate, 3), all=_r(rates))
 
-    def t5(self) -> None:
+    def t5(self, new: int) -> None:
         """The first 64 answers are the reference: each alone, prompts whole."""
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=None, logprobs=2)
         warm = SamplingParams(temperature=0.8, top_p=0.9, ignore_eos=True, max_tokens=None, logprobs=0)
@@ -228,7 +232,7 @@ class Bench:
         prompts = [self.prompt(n, 1000 + i) for i, n in enumerate(lengths)]
 
         def ask(which: Seq[int]) -> list[Request]:
-            return [self.request(prompts[i], 48, warm if i % 4 == 3 else params, seed=i) for i in which]
+            return [self.request(prompts[i], new, warm if i % 4 == 3 else params, seed=i) for i in which]
 
         def collect(requests: list[Request], answers: dict[str, Any]) -> list[Any]:
             return [answers[request.request_id] for request in requests]
@@ -237,7 +241,7 @@ class Bench:
         for i in range(64):
             requests = ask([i])
             reference += collect(requests, self.serve(requests, cost=False)[1])
-        needed = sum(-(-(n + 48) // self.runner.block_size) for n in lengths)
+        needed = sum(-(-(n + new) // self.runner.block_size) for n in lengths)
         forms: dict[str, dict[str, Any]] = {
             "company": {}, "company again, replayed": {}, "chunks of 100": {"max_num_batched_tokens": 100},
             "chunks of 333, no look-ahead": {"max_num_batched_tokens": 333, "depth": 0},
@@ -254,6 +258,25 @@ class Bench:
             differ = sum(answer != reference[i] for i, answer in zip(which, got, strict=True))
             tokens = sum(answer[0] != reference[i][0] for i, answer in zip(which, got, strict=True))
             say(T5=name, differ=differ, of=len(which), tokens_differ=tokens, preemptions=self.preemptions)
+
+
+def first_token(shape: str) -> None:
+    """In a fresh process: load, answer one prompt; prints the time of the first token."""
+    bench = Bench(shape, 1.0, 1.0, torch.device("cuda"))
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=None)
+    bench.serve([bench.request(bench.prompt(128, 0), 1, params)], cost=False)
+    print(time.time(), flush=True)
+
+
+def start_up(shape: str) -> None:
+    """Seconds from starting Python to the first token, with nothing compiled and with everything compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--shape", shape, "--first-token"]
+        for state in ("cold", "warm"):
+            begin = time.time()
+            environment = os.environ | {"TRITON_CACHE_DIR": folder}
+            out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+            say(start=state, shape=shape, first_token_s=round(float(out.split()[-1]) - begin, 2))
 
 
 def _ms(seconds: float) -> float:
@@ -287,11 +310,18 @@ def profile(bench: Bench, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", default=list(NAMES), choices=list(NAMES))
-    parser.add_argument("--only", nargs="+", default=["T2", "T3", "T4", "T5", "T1"])
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=["start", "T2", "T3", "T4", "T5", "T1"])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--numerics", default="invariant")
+    parser.add_argument("--first-token", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.first_token:
+        first_token(options.shape[0])
+        return
+    if "start" in options.only:
+        for shape in options.shape:
+            start_up(shape)
     device = torch.device("cuda")
     bandwidth, rate = ceilings(device)
     say(
@@ -309,11 +339,11 @@ def main() -> None:
                 bench.decode("T2", 1, 128, 256, temperature)
         if "T3" in options.only:
             for count in options.batches:
-                bench.decode("T3", count, 512, 128, 0.6)
+                bench.decode("T3", count, 512, 64, 0.6)
         if "T4" in options.only:
             bench.t4(options.repeats)
         if "T5" in options.only:
-            bench.t5()
+            bench.t5(160 if shape == "0.6b" else 48)
         if "T1" in options.only:
             bench.t1(options.repeats)
         if bench.runner.steps is not None and options.numerics == "invariant":

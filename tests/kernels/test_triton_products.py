@@ -12,6 +12,7 @@ from tests.kernels.triton_support import COMPILED, DTYPES, MARK, TOLERANCE, clos
 pytestmark = MARK
 
 TILES = [Tiles(64, 16, 64, 4, 2), Tiles(32, 16, 128, 4, 3), Tiles(16, 16, 128, 4, 3), Tiles(64, 64, 64, 4, 3)]
+TILES += [Tiles(8, 16, 256, 1, 4, True), Tiles(16, 16, 128, 2, 3, True), Tiles(32, 64, 128, 4, 3)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -37,28 +38,30 @@ def test_bits_do_not_depend_on_rows_or_tiles(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_forms_equal_the_separate_kernels(dtype: torch.dtype) -> None:
     """norm into product, gate and up into SwiGLU, residual into product: bit for bit."""
-    rows, k, inner = 3, 96, 40
-    x, factor = on_device(fill(rows, k, dtype=dtype)), on_device(fill(k, dtype=dtype))
-    weight, residual = on_device(fill(2 * inner, k, dtype=dtype) * 0.2), on_device(fill(rows, 2 * inner, dtype=dtype))
+    k, inner = 96, 40
     tiles, chained = products.REFERENCE if dtype != torch.float32 else None, ops().chained
-    normed = ops().rms_norm(x, factor, 1e-5)
-    separate = product(normed, weight, None, chained, tiles)
-    same(product(x, weight, None, chained, tiles, norm=factor, eps=1e-5), separate)
-    gated = product(x, weight, None, chained, tiles, norm=factor, eps=1e-5, gated=True)
-    same(gated, ops().silu_mul(separate))
-    added = product(normed, weight, None, chained, tiles, residual=residual.clone())
-    same(added, (separate.float() + residual.float()).to(dtype))
+    narrow = None if tiles is None else Tiles(8, 16, 32, 1, 3, True)
+    factor, weight = on_device(fill(k, dtype=dtype)), on_device(fill(2 * inner, k, dtype=dtype) * 0.2)
+    bias = on_device(fill(2 * inner, dtype=dtype))
+    for rows, form in ((1, tiles), (3, tiles), (1, narrow), (3, narrow)):
+        x, residual = on_device(fill(rows, k, dtype=dtype)), on_device(fill(rows, 2 * inner, dtype=dtype))
+        normed = ops().rms_norm(x, factor, 1e-5)
+        separate, plain = product(normed, weight, bias, chained, tiles), product(normed, weight, None, chained, tiles)
+        inputs = (x, {"norm": factor, "eps": 1e-5}) if rows == 1 else (normed, {})
+        same(product(inputs[0], weight, bias, chained, form, **inputs[1]), separate)
+        same(product(inputs[0], weight, None, chained, form, gated=True, **inputs[1]), ops().silu_mul(plain))
+        added = product(normed, weight, bias, chained, form, residual=residual.clone())
+        same(added, (separate.float() + residual.float()).to(dtype))
 
 
 def test_certificates_are_taken_for_buckets_only() -> None:
     dtype = torch.bfloat16 if COMPILED else torch.float32
     weight = on_device(fill(64, 128, dtype=dtype))
     packed = ops().pack_linear(weight)
-    for rows in (1, 3, 4, 50):
+    for rows in (1, 16, 50, 80, 81):
         x = fill(rows, 128, dtype=dtype)
         close(ops().linear(on_device(x), packed), x.double() @ weight.cpu().double().T, TOLERANCE[dtype])
     certificate = ops().certificate(weight, None)
-    assert set(certificate.verdicts) == {1, 3, 4, 50}
-    assert not certificate.verdicts[3]
-    assert not certificate.verdicts[50]
+    assert set(certificate.verdicts) == {80, 81}
+    assert not certificate.verdicts[81]
     assert "own" in certificate.describe()

@@ -1,13 +1,26 @@
 """The one home of every choice that could make an answer depend on the batch (DESIGN, decision 8)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from liushui.kernels.linear import CertifiedLinear, PlainLinear, RowCertificate
-from liushui.kernels.ops import Ops
+from liushui.kernels.ops import Ops, PackedLinear
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class OpsLinear:
+    """x [M, K] -> [M, N] by the implementation's own product."""
+
+    ops: Ops
+    packed: PackedLinear
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ops.linear(x, self.packed, self.bias)
 
 
 class KernelPolicy:
@@ -32,8 +45,7 @@ class KernelPolicy:
         packed = self.ops.pack_linear(weight)
         if packed is not None:
             self._linear_kinds.add(f"{self.ops.name} product")
-            ops = self.ops
-            return lambda x: ops.linear(x, packed, bias)
+            return OpsLinear(self.ops, packed, bias)
         self._linear_kinds.add("vendor product in certified row counts")
         key = (*weight.shape, weight.dtype, bias is None)
         certificate = self._certificates.setdefault(key, RowCertificate())

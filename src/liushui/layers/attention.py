@@ -43,15 +43,17 @@ class Attention:
         self.rope, self.q_norm, self.k_norm, self.eps = rope, q_norm, k_norm, eps
 
     def __call__(self, x: torch.Tensor, layer: int, kv: KVCache, batch: BatchTensors) -> torch.Tensor:
+        return self.output(self.mix(self.qkv(x), layer, kv, batch))
+
+    def mix(self, qkv: torch.Tensor, layer: int, kv: KVCache, batch: BatchTensors) -> torch.Tensor:
+        """q, k and v [T, (Hq + 2 Hk) D] -> the heads' mixed values [T, Hq D]; keys and values go to `kv`."""
         s = self.shape
         keys, values = kv.keys[layer], kv.values[layer]
-        qkv = self.qkv(x)
         self.ops.qkv_to_cache(
             qkv, s.num_heads, s.num_kv_heads, s.head_dim, batch.positions, batch.slots, keys, values,
             self.rope, self.q_norm, self.k_norm, self.eps,
         )  # fmt: skip
-        mixed = self.ops.attention(
+        return self.ops.attention(
             qkv, s.num_heads, s.num_kv_heads, s.head_dim, keys, values,
             batch.query_start, batch.seq_lens, batch.block_table, s.scale, s.window,
         )  # fmt: skip
-        return self.output(mixed)

@@ -16,6 +16,7 @@ from liushui.core.plan import PlanItem, StepPlan, StepResult, TokenLogprobs
 from liushui.kernels.triton import products, sampling
 from liushui.kernels.triton.ops import TritonOps
 from liushui.layers.batch import KVCache
+from liushui.layers.fused import forward_of
 from liushui.models.registry import Model
 from liushui.runner.sampler import SampleRow, adjust
 from liushui.runner.staging import RING, SampleTensors, Staging, StepShape
@@ -119,6 +120,7 @@ class DeviceSteps:
     ) -> None:
         """`limits`: the largest step: token rows, sequences, and blocks of one sequence."""
         self.model, self.ops, self.kv, self.device = model, ops, kv, device
+        self.forward = forward_of(model, ops)
         sequences = bucket(limits.sequences, products.BUCKETS)
         rows = bucket(max(limits.rows, sequences), products.BUCKETS)
         self.max_width = limits.width
@@ -134,6 +136,8 @@ class DeviceSteps:
 
     def start(self, plan: StepPlan, states: Mapping[str, SequenceState]) -> DeviceStep:
         """Launch one step."""
+        # The longest first: attention's programs start in this order, and the short ones fill the gaps at the end.
+        plan = replace(plan, items=tuple(sorted(plan.items, key=lambda item: -item.start - item.num_tokens)))
         sampled = tuple(item for item in plan.items if item.samples)
         adjusted = [i for i, item in enumerate(sampled) if states[item.seq_id].adjusts_logits]
         # The oldest step's buffers are about to be used again; adjusting needs all that was generated.
@@ -188,8 +192,8 @@ class DeviceSteps:
         ids, batch, sample = self.staging.tensors(shape)
         chained = self.ops.chained
         batch = replace(batch, ids=sampling.resolve(ids, self._feed, chained))
-        hidden = self.model.forward(self.kv, batch)
-        logits = self.model.logits(hidden[sample.rows])
+        hidden = self.forward(self.kv, batch)
+        logits = self.model.logits(hidden.index_select(0, sample.rows))
         return Outputs(hidden, logits, self._pick(logits, sample, shape.limited))
 
     def _pick(self, logits: torch.Tensor, sample: SampleTensors, limited: bool) -> torch.Tensor:

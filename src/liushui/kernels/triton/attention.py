@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from liushui.kernels.triton.common import begin, options
 
-SPLIT = 256
+SPLIT = 512
 """Keys in a split."""
 BN = 64
 """Keys in a tile."""
@@ -256,7 +256,8 @@ class Shape:
 def decode(
     shape: Shape, qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor,
     query_start: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, scale: float, window: int | None,
-    arrived: torch.Tensor, chained: bool, num_warps: int = 2, num_stages: int = 5, parallel: int | None = None,
+    arrived: torch.Tensor, chained: bool, num_warps: int | None = None, num_stages: int = 5,
+    parallel: int | None = None,
     bulk: bool | None = None,
 ) -> None:  # fmt: skip
     """Fill `out` for the sequences that feed one token. `arrived` [>= S * Hk] int32 is zero before and after."""
@@ -264,6 +265,7 @@ def decode(
     splits = triton.cdiv(width * shape.block_size, SPLIT)
     if parallel is None:
         parallel = 1 if splits == 1 or sequences * shape.num_kv_heads >= PROGRAMS else 16
+    num_warps = num_warps or (2 if parallel == 1 else 4)
     rows = max(16, triton.next_power_of_2(shape.group))
     sums, scales = out, out
     if parallel > 1:
@@ -283,7 +285,7 @@ def decode(
 def chunks(
     shape: Shape, qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor,
     query_start: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, scale: float, window: int | None,
-    chained: bool, rows: int = 64, num_warps: int = 4, num_stages: int = 5, bulk: bool | None = None,
+    chained: bool, rows: int = 128, num_warps: int = 8, num_stages: int = 5, bulk: bool | None = None,
 ) -> None:  # fmt: skip
     """Fill `out` for the sequences that feed two tokens or more."""
     sequences, width = block_table.shape

@@ -27,10 +27,13 @@ def options(chained: bool, num_warps: int, num_stages: int = 2) -> dict[str, Any
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Let the next kernel be set up, then wait until the kernels ahead have written their results."""
+    """Wait until the kernels ahead have written their results, then let the next kernel be set up.
+
+    In this order, so that one kernel waits at a time: more would hold multiprocessors, and prefetch too early.
+    """
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from liushui.kernels.triton.common import begin, magnitude, options, scaled_squares, unscaled
+from liushui.kernels.triton.common import begin, options, row_scale
 from liushui.kernels.triton.rows import silu
 
 BUCKETS = (
@@ -24,23 +24,19 @@ BUCKETS = (
 
 
 @triton.jit
-def _row_scales(x, tokens, M, K, eps, BT: tl.constexpr, BK: tl.constexpr):
-    """As `common.row_scale` of BT rows, walked twice: the same bits, since the sum is exact."""
-    top = tl.zeros((BT,), tl.int32)
-    total = tl.zeros((BT,), tl.int64)
-    at = x + tokens[:, None].to(tl.int64) * K
-    for k in range(0, K, BK):
-        cols = k + tl.arange(0, BK)
-        part = tl.load(at + cols[None, :], mask=(tokens < M)[:, None] & (cols < K)[None, :], other=0.0)
-        top = tl.maximum(top, tl.max(magnitude(part.to(tl.float32)), 1))
-    for k in range(0, K, BK):
-        cols = k + tl.arange(0, BK)
-        part = tl.load(at + cols[None, :], mask=(tokens < M)[:, None] & (cols < K)[None, :], other=0.0)
-        total += tl.sum(scaled_squares(part.to(tl.float32), top[:, None]), 1)
-    return tl.rsqrt(unscaled(total, top) / K + eps)
+def _finish(acc, up, bias, residual, out, place, mask, BIAS: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr):
+    """What follows the sum, rounded where the separate kernels round. `bias` is broadcast to the tile."""
+    if BIAS:
+        acc += bias
+    if GATED:
+        acc = silu(acc.to(out.dtype.element_ty).to(tl.float32)) * up.to(out.dtype.element_ty).to(tl.float32)
+    if ADD:
+        old = tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        acc = acc.to(out.dtype.element_ty).to(tl.float32) + old
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _product(
     x, weight, bias, norm, residual, out, M, N, K, eps,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
@@ -48,8 +44,8 @@ def _product(
 ):  # fmt: skip
     """BN weight rows against BT tokens; weights on the matrix unit's long side.
 
-    NORM: x is RMS-normed first. GATED: silu(x Wg) * (x Wu), with Wg the first N rows of the weight and Wu the next.
-    ADD: the result is added to `residual` in place. Each rounds where the separate kernels round.
+    NORM: x, one row of at most NORM columns, is RMS-normed first. GATED: silu(x Wg) * (x Wu), with Wg the first N
+    rows of the weight and Wu the next. ADD: the result is added to `residual` in place.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BT + tl.arange(0, BT)
@@ -58,8 +54,9 @@ def _product(
     begin(PDL)
     acc = tl.zeros((BN, BT), tl.float32)
     up = tl.zeros((BN, BT), tl.float32)
-    if NORM:
-        scale = _row_scales(x, tokens, M, K, eps, BT, BK)
+    if NORM > 0:
+        cols = tl.arange(0, NORM)
+        scale = row_scale(tl.load(x + cols, mask=cols < K, other=0.0).to(tl.float32), K, eps, 0)
     w_at = weight + rows[:, None].to(tl.int64) * K
     x_at = x + tokens[None, :].to(tl.int64) * K
     for k in tl.range(0, K, BK, num_stages=STAGES):
@@ -71,23 +68,56 @@ def _product(
         else:
             a = tl.load(w_at + at[None, :], mask=live[:, None] & inside[None, :], other=0.0)
             b = tl.load(x_at + at[:, None], mask=real[None, :] & inside[:, None], other=0.0)
-        if NORM:
+        if NORM > 0:
             factor = tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
-            b = (b.to(tl.float32) * scale[None, :] * factor[:, None]).to(weight.dtype.element_ty)
+            b = (b.to(tl.float32) * scale * factor[:, None]).to(weight.dtype.element_ty)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         if GATED:
             c = tl.load(w_at + N * K + at[None, :], mask=live[:, None] & inside[None, :], other=0.0)
             up = tl.dot(c, b, up, input_precision="ieee")
     place = tokens[None, :].to(tl.int64) * N + rows[:, None]
-    mask = live[:, None] & real[None, :]
-    if BIAS:
-        acc += tl.load(bias + rows, mask=live, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        acc = silu(acc.to(out.dtype.element_ty).to(tl.float32)) * up.to(out.dtype.element_ty).to(tl.float32)
-    if ADD:
-        old = tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
-        acc = acc.to(out.dtype.element_ty).to(tl.float32) + old
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=mask)
+    added = tl.load(bias + rows, mask=live, other=0.0).to(tl.float32)[:, None] if BIAS else 0.0
+    _finish(acc, up, added, residual, out, place, live[:, None] & real[None, :], BIAS, ADD, GATED)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _narrow(
+    x, weight, bias, norm, residual, out, M, N, K, eps,
+    BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
+    NORM: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `_product` with the tokens on the long side: as few as eight weight rows a program, so more programs."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(1) * BT + tl.arange(0, BT)
+    ks = tl.arange(0, BK)
+    live, real = rows < N, tokens < M
+    begin(PDL)
+    acc = tl.zeros((BT, BN), tl.float32)
+    up = tl.zeros((BT, BN), tl.float32)
+    if NORM > 0:
+        cols = tl.arange(0, NORM)
+        scale = row_scale(tl.load(x + cols, mask=cols < K, other=0.0).to(tl.float32), K, eps, 0)
+    w_at = weight + rows[None, :].to(tl.int64) * K
+    x_at = x + tokens[:, None].to(tl.int64) * K
+    for k in tl.range(0, K, BK, num_stages=STAGES):
+        at = k + ks
+        inside = at < K
+        if EVEN:
+            a = tl.load(x_at + at[None, :], mask=real[:, None], other=0.0)
+            b = tl.load(w_at + at[:, None], mask=live[None, :], other=0.0)
+        else:
+            a = tl.load(x_at + at[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+            b = tl.load(w_at + at[:, None], mask=live[None, :] & inside[:, None], other=0.0)
+        if NORM > 0:
+            factor = tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
+            a = (a.to(tl.float32) * scale * factor[None, :]).to(weight.dtype.element_ty)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        if GATED:
+            c = tl.load(w_at + N * K + at[:, None], mask=live[None, :] & inside[:, None], other=0.0)
+            up = tl.dot(a, c, up, input_precision="ieee")
+    place = tokens[:, None].to(tl.int64) * N + rows[None, :]
+    added = tl.load(bias + rows, mask=live, other=0.0).to(tl.float32)[None, :] if BIAS else 0.0
+    _finish(acc, up, added, residual, out, place, live[None, :] & real[:, None], BIAS, ADD, GATED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +129,25 @@ class Tiles:
     k: int
     warps: int
     stages: int
+    narrow: bool = False
+    """Tokens on the long side."""
 
 
 REFERENCE = Tiles(64, 16, 64, 4, 4)
 
 
-def tiles_for(rows: int, outputs: int, wide: bool) -> Tiles:
-    """`wide`: float32, whose tiles take twice the room."""
+def tiles_for(rows: int, outputs: int, k: int, wide: bool) -> Tiles:
+    """Measured on an H100. `wide`: float32, whose tiles take twice the room."""
     if wide:
         return Tiles(32, 16, 32, 4, 2)
     if rows <= 16:
-        if outputs >= 64 * 132:
-            return Tiles(64, 16, 128, 4, 4)
-        return Tiles(32, 16, 128, 4, 4) if outputs >= 32 * 100 else Tiles(16, 16, 256, 4, 4)
-    tokens = 32 if rows <= 32 else 64 if rows <= 64 else 128
-    return Tiles(64, tokens, 64, 4, 4)
+        if outputs * k < 2**24:  # too few weights for wide tiles to fill the chip
+            return Tiles(8, 16, 256, 1, 4, True) if outputs < 2048 else Tiles(16, 16, 256, 2, 4, True)
+        return Tiles(16, 16, 256, 2, 4, True) if k > 8192 else Tiles(64, 16, 128, 4, 4)
+    if rows <= 64:
+        return Tiles(64, 64, 128, 4, 3) if rows > 32 and outputs >= 20_000 else Tiles(64, 32, 128, 4, 4)
+    # Few weight rows: smaller tiles of tokens, so that there are programs for all multiprocessors.
+    return Tiles(64, 64, 128, 4, 3) if outputs < 8192 else Tiles(64, 128, 64, 4, 4)
 
 
 def product(
@@ -124,16 +158,23 @@ def product(
     rows, k = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     out = residual if residual is not None else x.new_empty(rows, outputs)
-    t = tiles or tiles_for(rows, outputs, x.dtype == torch.float32)
+    t = tiles or tiles_for(rows, outputs, k, x.dtype == torch.float32)
+    if norm is not None and rows != 1:
+        raise ValueError(f"the norm is fused for one row, got {rows}")
     if rows:
-        _product[(triton.cdiv(outputs, t.weights), triton.cdiv(rows, t.tokens))](
+        (_narrow if t.narrow else _product)[(triton.cdiv(outputs, t.weights), triton.cdiv(rows, t.tokens))](
             x, weight, bias if bias is not None else x, norm if norm is not None else x, out, out,
             rows, outputs, k, eps,
-            BN=t.weights, BT=t.tokens, BK=t.k, EVEN=k % t.k == 0,
-            BIAS=bias is not None, NORM=norm is not None, ADD=residual is not None, GATED=gated, STAGES=t.stages,
+            BN=t.weights, BT=t.tokens, BK=t.k, EVEN=k % t.k == 0, STAGES=t.stages, BIAS=bias is not None,
+            NORM=triton.next_power_of_2(k) if norm is not None else 0, ADD=residual is not None, GATED=gated,
             **options(chained, t.warps, t.stages),
         )  # fmt: skip
     return out
+
+
+def own_is_faster(rows: int, outputs: int, k: int) -> bool:
+    """Where the own kernel is the first choice (measured on an H100); it is always a right one."""
+    return rows <= 32 or (rows <= 64 and (outputs >= 20_000 or outputs * k < 2**24))
 
 
 @dataclass(slots=True)

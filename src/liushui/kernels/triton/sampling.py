@@ -140,7 +140,7 @@ def _limits(
     tl.store(limits + r, limit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["WANTED"])
 def _logprobs(
     logits, chosen, values, ranks, top_values, top_tokens, vocab, WANTED, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
@@ -238,7 +238,7 @@ def logprobs(
     return values, ranks, top_values, top_tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _resolve(ids, feed, out, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     begin(PDL)
