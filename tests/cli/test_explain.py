@@ -42,6 +42,7 @@ def test_what_is_shown_is_what_happened(llm: LLM) -> None:
             best = list(entry.items())
             assert math.log(found.choice.probability) == pytest.approx(best[0][1].logprob, abs=1e-4)
             assert found.choice.runner_up.id == best[1][0]
+    assert made.prompts[2].tokens[0].text == "<E4>"  # half a character is shown by its bytes
     first = made.packed.steps[0]
     assert first.shapes["ids"] == [sum(len(prompt.tokens) for prompt in made.prompts)]
     assert first.shapes["logits"][0] == 3

@@ -180,10 +180,17 @@ class Tokens:
     """Names of token ids."""
 
     def __init__(self, llm: LLM) -> None:
-        self._name = llm.tokenizer.id_to_text
+        self._tokenizer = llm.tokenizer
 
     def named(self, ids: Sequence[int]) -> list[Token]:
         return [Token(token, self._name(token)) for token in ids]
+
+    def _name(self, token: int) -> str:
+        """The text; of a part of a character its bytes: <E4><BA>."""
+        text = self._tokenizer.id_to_text(token)
+        if "\ufffd" not in text:
+            return text
+        return "".join(f"<{byte:02X}>" for byte in self._tokenizer.token_bytes(token))
 
     def choice(self, line: torch.Tensor, token: int) -> Choice:
         """From one row of logits [vocab]."""
