@@ -24,6 +24,11 @@ LLAMA_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA3_NAMES = LLAMA_NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 GPT2_NAMES = {
     "transformer.wte": "token_embd",
     "transformer.wpe": "position_embd",
@@ -38,15 +43,16 @@ GPT2_NAMES = {
 }
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str = "llama") -> str:
+    names = GEMMA3_NAMES if arch == "gemma3" else LLAMA_NAMES
     stem, _, suffix = name.rpartition(".")
     if name.startswith("model.layers."):
         _, _, layer, rest = stem.split(".", 3)
-        return f"blk.{layer}.{LLAMA_NAMES[rest]}.{suffix}"
+        return f"blk.{layer}.{names[rest]}.{suffix}"
     if name.startswith("transformer.h."):
         _, _, layer, rest = stem.split(".", 3)
         return f"blk.{layer}.{GPT2_NAMES[rest]}.{suffix}"
-    return f"{(LLAMA_NAMES | GPT2_NAMES)[stem]}.{suffix}"
+    return f"{(names | GPT2_NAMES)[stem]}.{suffix}"
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -77,8 +83,10 @@ def write_metadata(writer: gguf.GGUFWriter, config: Any, arch: str) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    if arch == "qwen3":
+    writer.add_rope_freq_base(1000000.0 if arch == "gemma3" else 10000.0)
+    if arch == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+    if arch in ("qwen3", "gemma3"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     elif arch == "llama":
@@ -129,7 +137,9 @@ def write_model(
             values = interleaved(values, heads)
         if arch == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
             values = values.T
-        writer.add_tensor(gguf_name(name), np.ascontiguousarray(values))
+        if arch == "gemma3" and name.endswith("norm.weight"):
+            values = values + np.float32(1)
+        writer.add_tensor(gguf_name(name, arch), np.ascontiguousarray(values))
     close(writer)
     return path
 

@@ -1,16 +1,20 @@
 """Models written as llama.cpp writes them come back under Hugging Face's names, in its layout, with its config."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 
+from liushui.config import EngineConfig
+from liushui.core.request import SamplingParams
 from liushui.errors import ModelError, WeightError
-from liushui.loading import open_checkpoint
+from liushui.loading import Checkpoint, open_checkpoint
+from liushui.runner.runner import Runner
 from tests.loading.gguf_models import close, gguf_name, hf_tensors, interleaved, write_model
-from tests.support.tiny import oracle
+from tests.support.tiny import Driver, oracle
 
 FAMILIES = {
     "llama": "llama",
@@ -53,6 +57,47 @@ def test_config_says_what_hugging_face_says(tmp_path: Path, family: str) -> None
     assert {name: config[name] for name in names} == {name: theirs[name] for name in names}
     expected = "LlamaForCausalLM" if family == "mistral" else type(model).__name__
     assert config["architectures"] == [expected]
+
+
+def gemma3(path: Path) -> tuple[Any, Checkpoint]:
+    """A model, and its file as llama.cpp writes it."""
+
+    def extra(writer: gguf.GGUFWriter) -> None:
+        writer.add_uint32("gemma3.attention.sliding_window_pattern", 2)  # as the tiny model's layers are
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+
+    model = oracle("gemma3", query_pre_attn_scalar=12)  # the file cannot say another than the head dimension
+    return model, open_checkpoint(write_model(path, model, "gemma3", extra=extra))
+
+
+def test_gemma3_norms_come_back_as_their_distance_from_one(tmp_path: Path) -> None:
+    model, checkpoint = gemma3(tmp_path / "m.gguf")
+    expected = hf_tensors(model)
+    assert sorted(checkpoint.names()) == sorted(expected)
+    for name, tensor in expected.items():
+        loaded = checkpoint.load(name, torch.float32)
+        torch.testing.assert_close(loaded, tensor, rtol=0, atol=1e-7 if name.endswith("norm.weight") else 0)
+        assert torch.equal(checkpoint.load(name, torch.bfloat16), loaded.bfloat16())
+
+
+def test_gemma3_config_makes_the_model_of_the_file(tmp_path: Path) -> None:
+    """Kinds of layers, both rotations, the window and the scale of scores: the same logits as Hugging Face's."""
+    model, checkpoint = gemma3(tmp_path / "m.gguf")
+    config = checkpoint.config
+    assert config["architectures"] == ["Gemma3ForCausalLM"]
+    assert config["tie_word_embeddings"] is True
+    assert (config["hidden_activation"], config["query_pre_attn_scalar"]) == ("gelu_pytorch_tanh", 12)
+    assert "hidden_act" not in config
+    runner = Runner.load(EngineConfig(dtype="float32", kv_cache_gib=0.01, threads=1).validate(), checkpoint)
+    driver = Driver(runner)
+    prompt = torch.randint(3, 211, (50,), generator=torch.Generator().manual_seed(1)).tolist()
+    driver.add("a", prompt, SamplingParams(temperature=0, prompt_logprobs=0))
+    found = [entry.logprob for _, entry in driver.step({"a": 50}).prompt_logprobs["a"]]
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([prompt])).logits[0], dim=-1)
+    theirs = expected[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(found), theirs, rtol=0, atol=1e-4)
 
 
 def test_unpermuted_rows_give_the_same_attention_scores(tmp_path: Path) -> None:

