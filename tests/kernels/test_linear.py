@@ -61,3 +61,20 @@ def test_no_rows_and_one_more_than_the_largest_bucket() -> None:
     assert product(torch.empty(0, 16)).shape == (0, 8)
     x = torch.randn(BUCKETS[-1] + 1, 16)
     assert torch.equal(product(x)[-1], product(x[-1:])[0])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_another_order_shows_in_nearly_every_element_also_in_bfloat16(bias: bool) -> None:
+    """The certificate's sensitivity: a product that sums from the other end must be seen even in one row."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(40, 96, generator=generator).bfloat16()
+    x, paired, small = linear_module._cancelling(1, weight, torch.ones(40).bfloat16() if bias else None)
+
+    def product(order: list[int]) -> torch.Tensor:
+        total = torch.zeros(1, 40) if small is None else small.float()[None].clone()
+        for k in order:
+            total = total + x[:, k : k + 1].float() * paired[:, k].float()
+        return total.bfloat16()
+
+    forwards, backwards = product(list(range(96))), product(list(range(95, -1, -1)))
+    assert (forwards != backwards).float().mean() > 0.8

@@ -138,7 +138,7 @@ def checkpoint(model: transformers.PreTrainedModel) -> DictCheckpoint:
 
 
 def runner(model: transformers.PreTrainedModel, **settings: Any) -> Runner:
-    settings = {"dtype": "float32", "kv_cache_gib": 0.02, "threads": 1} | settings
+    settings = {"device": "cpu", "dtype": "float32", "kv_cache_gib": 0.02, "threads": 1} | settings
     return Runner.load(EngineConfig(**settings).validate(), checkpoint(model))
 
 
