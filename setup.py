@@ -38,7 +38,7 @@ def find_compiler() -> list[str]:
     for candidate in candidates:
         command = shlex.split(candidate)
         if command and shutil.which(command[0]):
-            return command[:1]
+            return command
     raise BuildFailed("no C++ compiler found")
 
 

@@ -155,9 +155,9 @@ LS_INLINE vf vexp(vf x) {
   vf r = fma(n, splat(-0.693359375f), x);  // exact: few bits in the constant
   r = fma(n, splat(2.12194440e-4f), r);
   // 2^n in two factors, since n may be 128; multiplied, not added to the exponent, so that NaN survives.
-  const vi exponent = (vi)shifted - (vi)magic;
-  const vi half = exponent >> 1;
-  const vf scaled = (exp_polynomial(r) * (vf)((half + 127) << 23)) * (vf)((exponent - half + 127) << 23);
+  const vu exponent = (vu)shifted - (vu)magic;
+  const vu half = (vu)((vi)exponent >> 1);
+  const vf scaled = (exp_polynomial(r) * (vf)((half + 127u) << 23)) * (vf)((exponent - half + 127u) << 23);
   const vf bounded = select(x > splat(high), splat(__builtin_inff()), scaled);
   return select(x < splat(low), splat(0.0f), bounded);
 }
@@ -169,7 +169,7 @@ LS_INLINE vf vexp_of_negative(vf x) {
   const vf n = shifted - magic;
   vf r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440e-4f), r);
-  const vf power = (vf)(((vi)shifted << 23) + (127 << 23));  // the integer is in the lowest bits
+  const vf power = (vf)(((vu)shifted << 23) + (127u << 23));  // the integer is in the lowest bits
   return select(x < splat(-87.33654f), splat(0.0f), exp_polynomial(r) * power);
 }
 
