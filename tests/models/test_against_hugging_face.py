@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from liushui.core.request import SamplingParams
+from liushui.errors import ModelError
 from tests.support import tiny
 
 TOLERANCE = 1e-4
@@ -74,3 +75,24 @@ def test_prompt_logprobs_equal_hugging_face() -> None:
         assert abs(entry.logprob - float(row[prompt[position]])) < 1e-3
         assert entry.rank == int((row > row[prompt[position]]).sum()) + 1
         assert [token for token, _ in entry.top] == row.topk(2).indices.tolist()
+
+
+def test_longrope_within_the_original_length() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0, 1.1, 1.3, 1.7],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+    }
+    model = tiny.oracle("phi3", seed=4, rope_parameters=rope, original_max_position_embeddings=64)
+    with pytest.raises(ModelError, match="type 'longrope' is supported up to 64 positions"):
+        tiny.runner(model)
+    driver = tiny.Driver(tiny.runner(model, max_model_len=64))
+    prompt = _prompts(8, (64,))[0]
+    driver.add("a", prompt, SamplingParams(temperature=0, prompt_logprobs=0))
+    found = [entry.logprob for _, entry in driver.step({"a": 64}).prompt_logprobs["a"]]
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([prompt])).logits[0, :-1], dim=-1)
+    theirs = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(found), theirs, rtol=0, atol=TOLERANCE)

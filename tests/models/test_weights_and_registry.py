@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from liushui.errors import ModelError, WeightError
+from liushui.kernels.policy import KernelPolicy
+from liushui.kernels.reference import TorchOps
 from liushui.layers import weights as weights_module
 from liushui.layers.weights import Weights
-from liushui.models.registry import ARCHITECTURES, architecture, sizes
+from liushui.models.registry import ARCHITECTURES, architecture, build, sizes
 from tests.support import tiny
 
 
@@ -65,6 +67,47 @@ def test_unknown_rope_scaling_is_refused(kind: str) -> None:
     point = tiny.checkpoint(tiny.oracle("llama"))
     point.config["rope_parameters"] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ModelError, match=f"rope_scaling: type '{kind}'"):
+        _load(point)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("gemma3", "final_logit_softcapping", 30.0),
+        ("gemma3", "attn_logit_softcapping", 50.0),
+        ("gemma3", "use_bidirectional_attention", True),
+        ("gemma3", "hidden_activation", "relu"),
+        ("granite", "mlp_bias", True),
+        ("olmo2", "hidden_act", "gelu"),
+    ],
+)
+def test_a_setting_that_is_not_supported_is_named(family: str, key: str, value: object) -> None:
+    point = tiny.checkpoint(tiny.oracle(family))
+    point.config[key] = value
+    with pytest.raises(ModelError, match=key):
+        _load(point)
+
+
+def test_gemma3_without_the_keys_that_its_files_leave_out() -> None:
+    point = tiny.checkpoint(tiny.oracle("gemma3"))
+    for key in ("tie_word_embeddings", "rms_norm_eps", "hidden_activation", "attention_bias"):
+        del point.config[key]
+    _load(point)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_experts_are_refused_on_a_device(family: str) -> None:
+    point = tiny.checkpoint(tiny.oracle(family))
+    weights = Weights(point.names(), point.shape, point.load, torch.float32, torch.device("meta"))
+    with pytest.raises(ModelError, match="choose device cpu"):
+        build(point.config, weights, KernelPolicy(TorchOps(1)), 16)
+    weights.close()
+
+
+def test_a_missing_number_of_experts_is_named() -> None:
+    point = tiny.checkpoint(tiny.oracle("mixtral"))
+    del point.config["num_experts_per_tok"]
+    with pytest.raises(ModelError, match="num_experts_per_tok"):
         _load(point)
 
 

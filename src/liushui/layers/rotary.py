@@ -8,7 +8,7 @@ import torch
 
 from liushui.errors import ModelError
 
-KNOWN = ("default", "linear", "llama3", "yarn")
+KNOWN = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def rope_table(
@@ -33,6 +33,8 @@ def rope_table(
         frequencies = _llama3(frequencies, scaling)
     elif kind == "yarn":
         frequencies, amplitude = _yarn(frequencies, scaling, theta, rotary_dim, config)
+    elif kind in ("longrope", "su"):
+        frequencies, amplitude = _longrope(frequencies, scaling, max_positions, config)
     elif kind != "default":
         raise ModelError(f"rope_scaling: type {kind!r} is not supported; known: {', '.join(KNOWN)}")
     if freq_factors is not None:
@@ -72,3 +74,26 @@ def _yarn(
     keep = 1 - ramp.clamp(0, 1)
     amplitude = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
     return frequencies / factor * (1 - keep) + frequencies * keep, float(amplitude)
+
+
+def _longrope(
+    frequencies: torch.Tensor, scaling: Mapping[str, Any], max_positions: int, config: Mapping[str, Any]
+) -> tuple[torch.Tensor, float]:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753), up to the length before it was stretched.
+
+    A sequence that grows beyond has all its positions turned by other factors, those in the cache too: a token's key
+    would depend on what comes after it.
+    """
+    whole = config.get("max_position_embeddings") or 0
+    original = int(
+        scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or whole
+    )
+    short = torch.tensor(scaling.get("short_factor") or [], dtype=torch.float32)
+    if max_positions > original or short.shape != frequencies.shape:
+        raise ModelError(
+            f"rope_scaling: type 'longrope' is supported up to {original:,} positions, with a short_factor for each "
+            f"of {len(frequencies)} frequencies: set max_model_len to {original} or less"
+        )
+    factor = float(scaling.get("factor") or whole / original)
+    stretched = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return frequencies / short, float(scaling.get("attention_factor") or stretched)
