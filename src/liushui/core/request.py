@@ -59,6 +59,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        if self.stop is not None and not isinstance(self.stop, str | list | tuple):
+            raise ParameterError("stop", f"must be a string or a list of strings, got {self.stop!r}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
@@ -165,3 +167,5 @@ class Request:
     """Lower is served first; equal priorities in order of arrival."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    prompt_logprobs_from: int = 0
+    """First position whose prompt log-probabilities are wanted, if any are: what lies well before it may be cached."""
