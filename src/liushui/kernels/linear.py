@@ -79,7 +79,7 @@ class PlainLinear:
 
 def _keeps_reference_order(rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Compare `rows` rows at once with the same rows in reference tiles; twice, at other places."""
-    x, weight, bias = _cancelling(rows, weight, bias)
+    x, weight, bias = cancelling(rows, weight, bias)
     for shift in (0, rows // 2 + 1):
         moved = x.roll(shift, dims=0)
         got = F.linear(moved, weight, bias)
@@ -92,7 +92,7 @@ def _keeps_reference_order(rows: int, weight: torch.Tensor, bias: torch.Tensor |
     return True
 
 
-def _cancelling(
+def cancelling(
     rows: int, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Factors whose exact product is 0: for each term of a sum there is its negative, somewhere else.
@@ -100,15 +100,17 @@ def _cancelling(
     What comes out is the rounding of the partial sums alone, so another order shows in nearly every element, also
     in bfloat16, whose own rounding hides most of it in a product of plain random numbers.
     """
-    generator = torch.Generator().manual_seed(rows)
-    inputs = weight.shape[1]
-    first, second = torch.randperm(inputs, generator=generator)[: inputs // 2 * 2].chunk(2)
-    x = torch.zeros(rows, inputs)
-    spread = torch.randint(-12, 13, (inputs // 2,), generator=generator)  # so that every addition has to round
-    x[:, first] = torch.randn(rows, inputs // 2, generator=generator) * 2.0**spread
+    device, inputs = weight.device, weight.shape[1]
+    generator = torch.Generator(device).manual_seed(rows)
+    first, second = torch.randperm(inputs, generator=generator, device=device)[: inputs // 2 * 2].chunk(2)
+    x = torch.zeros(rows, inputs, device=device)
+    spread = torch.randint(
+        -12, 13, (inputs // 2,), generator=generator, device=device
+    )  # so that every addition has to round
+    x[:, first] = torch.randn(rows, inputs // 2, generator=generator, device=device) * 2.0**spread
     x[:, second] = -x[:, first]
     paired = weight.clone()
     paired[:, second] = paired[:, first]
     if bias is not None:
-        bias = (torch.randn(bias.shape, generator=generator) * 1e-4).to(bias.dtype)
+        bias = (torch.randn(bias.shape, generator=generator, device=device) * 1e-4).to(bias.dtype)
     return x.to(weight.dtype), paired, bias

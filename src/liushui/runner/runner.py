@@ -200,12 +200,15 @@ def pick_ops(config: EngineConfig, device: torch.device, threads: int) -> Ops:
 def step_bytes(config: EngineConfig, model: Mapping[str, Any]) -> int:
     """Device memory to keep for the steps: activations, logits, captured graphs and the vendor's work space.
 
-    Twice what one step holds at once: a step outside the graphs does not share their memory.
+    Twice what one step holds at once: a step outside the graphs does not share their memory. And room for the trial
+    product of the largest weight's certificate, which works on a changed copy.
     """
     rows = max(config.max_num_batched_tokens, config.max_num_seqs)
     hidden = int(model.get("hidden_size") or model["n_embd"])
     inner = int(model.get("intermediate_size") or model.get("n_inner") or 4 * hidden)
-    return 3 * GIB // 2 + 2 * (2 * rows * (3 * inner + 8 * hidden) + 6 * config.max_num_seqs * int(model["vocab_size"]))
+    vocab = int(model["vocab_size"])
+    step = 2 * rows * (3 * inner + 8 * hidden) + 6 * config.max_num_seqs * vocab
+    return 3 * GIB // 2 + 2 * step + 3 * max(vocab, 2 * inner) * hidden
 
 
 if TYPE_CHECKING:

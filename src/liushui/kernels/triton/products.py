@@ -2,8 +2,9 @@
 
 Measured on Hopper: with one fp32 accumulator the order of the sum over K decides the bits, tile shapes do not, and
 cuBLAS keeps the plain order except where it splits K itself. So the vendor's product serves where a certificate, taken
-on this machine on random data, shows equal bits, and the kernel below where not. A certificate is taken at the first
-use of a weight shape with a row count, and only for the row counts of `BUCKETS`; others go to the own kernel.
+on this machine on sums that cancel (`linear.cancelling`), shows equal bits, and the kernel below where not. A
+certificate is taken at the first use of a weight shape with a row count, and only for the row counts of `BUCKETS`;
+others go to the own kernel.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from liushui.kernels.linear import cancelling
 from liushui.kernels.triton.common import begin, options, row_scale
 from liushui.kernels.triton.rows import silu
 
@@ -36,7 +38,7 @@ def _finish(acc, up, bias, residual, out, place, mask, BIAS: tl.constexpr, ADD: 
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _product(
     x, weight, bias, norm, residual, out, M, N, K, eps,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
@@ -80,7 +82,7 @@ def _product(
     _finish(acc, up, added, residual, out, place, live[:, None] & real[None, :], BIAS, ADD, GATED)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _narrow(
     x, weight, bias, norm, residual, out, M, N, K, eps,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
@@ -199,13 +201,21 @@ class Certificate:
 
 _BUCKETS = frozenset(BUCKETS)
 _SAMPLE_ROWS = 256
+_TRIAL_ROWS = 64
+"""Different rows in a trial; larger ones repeat them."""
 
 
 def _keeps_order(rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Compare random rows, bit for bit: all where there are few, the first and last where many."""
-    generator = torch.Generator(weight.device).manual_seed(rows)
-    x = torch.randn(rows, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
-    got = F.linear(x, weight, bias)
+    """Compare sums that cancel, bit for bit: of all rows where there are few, of the first and last where many.
+
+    Where there is no memory for the trial, the own kernel serves.
+    """
+    try:
+        few, weight, bias = cancelling(min(rows, _TRIAL_ROWS), weight, bias)
+        x = few.repeat(-(-rows // _TRIAL_ROWS), 1)[:rows].contiguous()
+        got = F.linear(x, weight, bias)
+    except torch.OutOfMemoryError:
+        return False
     for part in {0, max(0, rows - _SAMPLE_ROWS)}:
         piece = slice(part, part + _SAMPLE_ROWS)
         if not torch.equal(got[piece], product(x[piece], weight, bias, False, _reference(weight))):
