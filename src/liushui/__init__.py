@@ -22,6 +22,7 @@ _HOME = {
     "RequestOutput": "liushui.engine.outputs",
     "CompletionOutput": "liushui.engine.outputs",
     "RequestTimings": "liushui.engine.outputs",
+    "Score": "liushui.engine.score",
     "StreamDelta": "liushui.engine.outputs",
     "Logprob": "liushui.engine.outputs",
     "LiushuiError": "liushui.errors",
@@ -44,6 +45,7 @@ __all__ = [
     "RequestOutput",
     "RequestTimings",
     "SamplingParams",
+    "Score",
     "StreamDelta",
     "WeightError",
 ]
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from liushui.core.request import FinishReason, SamplingParams
     from liushui.engine.llm import LLM
     from liushui.engine.outputs import CompletionOutput, Logprob, RequestOutput, RequestTimings, StreamDelta
+    from liushui.engine.score import Score
     from liushui.errors import CapacityError, LiushuiError, ModelError, ParameterError, WeightError
 
 

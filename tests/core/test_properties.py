@@ -48,6 +48,7 @@ arrivals = st.tuples(
             "min_tokens": st.integers(0, 3),
             "stop_token_ids": st.just((3,)),
             "prompt_logprobs": st.just(0),
+            "prompt_logprobs_from": st.integers(0, 20),
         },
     ),
 )

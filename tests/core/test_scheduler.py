@@ -578,6 +578,17 @@ def test_prompt_logprobs_compute_every_row_and_still_publish() -> None:
     assert [plan.admitted[0][1] for plan in world.plans] == [0, 0, 8]
 
 
+@pytest.mark.parametrize(("first", "cached"), [(0, 0), (1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (10, 8)])
+def test_prompt_logprobs_from_a_position_on_leave_what_is_before_to_the_cache(first: int, cached: int) -> None:
+    """The row before the first position wanted is computed, whatever is cached."""
+    prompt = list(range(100, 110))
+    world = World()
+    for name in "ab":
+        world.add(make(name, prompt, 1, prompt_logprobs=0, prompt_logprobs_from=first))
+        world.step()
+    assert [plan.admitted[0][1] for plan in world.plans] == [0, cached]
+
+
 # -- the self-check
 
 

@@ -45,7 +45,7 @@ def make(name: str, prompt: list[int] | int, max_tokens: int = 4, **keys: object
     """A sequence; a prompt given as a number has that many tokens, unlike any other's."""
     if isinstance(prompt, int):
         prompt = [1000 + crc32(f"{name}#{i}".encode()) % 100_000 for i in range(prompt)]
-    of_request = {key: keys.pop(key) for key in ("priority", "cache_salt") if key in keys}
+    of_request = {key: keys.pop(key) for key in ("priority", "cache_salt", "prompt_logprobs_from") if key in keys}
     keys.setdefault("ignore_eos", True)
     sampling = SamplingParams(max_tokens=max_tokens, **keys)
     return Sequence(

@@ -222,13 +222,15 @@ class Scheduler:
 
         Its blocks: those of the longest cached prefix, and new ones for all its other known tokens. A block for
         each of those who run stays free, and at least the watermark: with less, somebody would soon be preempted,
-        and what was gained by entering is lost by computing twice. A sequence that wants the log-probabilities
-        of its prompt computes all of it, also after a preemption (rows may then come twice).
+        and what was gained by entering is lost by computing twice. A sequence that wants log-probabilities of its
+        prompt computes all that predicts them, also after a preemption (rows may then come twice).
         """
         if seq.num_in_flight or not self._free_slots:
             return False
-        readable = self.prefix_caching and seq.request.sampling.prompt_logprobs is None
-        hits = self.pool.match(seq.prefixes, seq.token_ids) if readable else []
+        request, readable = seq.request, seq.token_ids
+        if request.sampling.prompt_logprobs is not None:
+            readable = readable[: request.prompt_logprobs_from]  # the row before that position must be computed
+        hits = self.pool.match(seq.prefixes, readable) if self.prefix_caching else []
         spare = max(self.watermark, len(self._running)) if self._running else 0
         table = self.pool.acquire(self.pool.blocks_for(seq.num_known) - len(hits), hits, spare)
         if table is None:

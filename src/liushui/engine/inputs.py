@@ -100,6 +100,7 @@ class InputProcessor:
         stream: bool = False,
         priority: int = 0,
         cache_salt: str = "",
+        prompt_logprobs_from: int = 0,
     ) -> Prepared:
         """`now`: time of arrival, seconds on the engine's clock. `prompt_text`: what the caller made token ids from.
         Raises `ParameterError` naming the field."""
@@ -123,6 +124,7 @@ class InputProcessor:
             arrival_time=now,
             priority=priority,
             cache_salt=cache_salt,
+            prompt_logprobs_from=prompt_logprobs_from,
         )
         return Prepared(request, index, text, len(ids) - len(kept), stream)
 

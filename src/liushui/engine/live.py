@@ -65,7 +65,13 @@ class LiveRequest:
             outputs=[live.answer.output for live in self.answers],
             finished=True,
             prompt_logprobs=(
-                prompt_logprobs(self._vocab, num_prompt, list(self._prompt_logprobs.items())) if wanted else None
+                prompt_logprobs(
+                    self._vocab,
+                    num_prompt,
+                    [item for item in self._prompt_logprobs.items() if item[0] >= request.prompt_logprobs_from],
+                )
+                if wanted
+                else None
             ),
             timings=self.timings(finished),
             num_cached_tokens=max(live.sequence.num_cached for live in self.answers),

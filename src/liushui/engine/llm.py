@@ -17,6 +17,7 @@ from liushui.engine.interrupts import deferred_interrupt
 from liushui.engine.live import refused
 from liushui.engine.outputs import RequestOutput, StreamDelta
 from liushui.engine.progress import Progress
+from liushui.engine.score import SCORING, Score, score_pairs, scored
 from liushui.engine.startup import load
 from liushui.engine.tokenizer import Tokenizer
 from liushui.errors import LiushuiError, ParameterError
@@ -140,6 +141,28 @@ class LLM:
         return self._deltas(
             self._prepare_chat(messages, sampling_params, add_generation_prompt, chat_template_kwargs, stream=True)
         )
+
+    # -- how likely a text is
+
+    def score(
+        self, contexts: Prompt | Seq[Prompt], continuations: Prompt | Seq[Prompt], *, use_tqdm: bool = True
+    ) -> list[Score]:
+        """Log-likelihood of each continuation after its context, in the order of the input.
+
+        One context for several continuations, or one each; texts or lists of token ids. A context that is empty counts
+        as the beginning of a document. Contexts that begin alike are computed once (the prefix cache). Raises
+        `ParameterError` naming the pair; what goes wrong later is in that score's `error`.
+        """
+        pairs = score_pairs(contexts, continuations, self.tokenizer)
+        now, prepared = self.engine.clock(), []
+        for index, (context, continuation) in enumerate(pairs):
+            try:
+                where = {"index": index, "now": now, "prompt_logprobs_from": len(context)}
+                prepared.append(self._prepare([*context, *continuation], SCORING, **where))
+            except ParameterError as error:
+                raise with_index(error, index) from None
+        outputs = self._collect(prepared, use_tqdm)
+        return [scored(output, len(context)) for output, (context, _) in zip(outputs, pairs, strict=True)]
 
     # -- what happened
 
