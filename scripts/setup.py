@@ -35,9 +35,7 @@ def check_python(version, which=shutil.which):
     names = [f"python3.{minor}" for minor in (13, 12, 11)]
     found = next((name for name in names if which(name)), None)
     remedy = f"try: make PYTHON={found}" if found else "install one, then: make PYTHON=python3.11"
-    raise SetupError(
-        f"liushui needs Python 3.11 or newer; {sys.executable} is {version[0]}.{version[1]}. {remedy}"
-    )
+    raise SetupError(f"liushui needs Python 3.11 or newer; {sys.executable} is {version[0]}.{version[1]}. {remedy}")
 
 
 def has_nvidia_driver(root=Path("/"), which=shutil.which):
