@@ -61,7 +61,7 @@ def test_text_comes_back_from_its_tokens(llm: LLM) -> None:
 
 def test_logprobs_beyond_the_window_are_hugging_faces(llm: LLM, checkpoint: Checkpoint) -> None:
     """600 tokens, of which the sliding layers see 512; the weights are those of the same file."""
-    prompt = torch.randint(300, 200_000, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt = _long_prompt()
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     ours = llm.generate([prompt], params, use_tqdm=False)[0].prompt_logprobs
     model = hugging_face(checkpoint)
@@ -71,6 +71,20 @@ def test_logprobs_beyond_the_window_are_hugging_faces(llm: LLM, checkpoint: Chec
     for position, row in zip(range(600 - 19, 600), expected, strict=True):
         assert ours is not None
         assert abs(ours[position][prompt[position]].logprob - float(row[prompt[position]])) < 1e-3
+
+
+def test_company_changes_no_bit(llm: LLM) -> None:
+    prompts: list[Any] = [_long_prompt(), *THEIRS]
+    params = SamplingParams(temperature=0.8, seed=5, max_tokens=6, logprobs=1)
+    together = llm.generate(prompts, params, use_tqdm=False)
+    for i in (0, 2):
+        alone = llm.generate([prompts[i]], params, use_tqdm=False)[0].outputs[0]
+        assert alone.token_ids == together[i].outputs[0].token_ids
+        assert alone.logprobs == together[i].outputs[0].logprobs
+
+
+def _long_prompt() -> list[int]:
+    return torch.randint(300, 200_000, (600,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def hugging_face(checkpoint: Checkpoint) -> Any:

@@ -77,6 +77,8 @@ def test_unknown_rope_scaling_is_refused(kind: str) -> None:
         ("gemma3", "attn_logit_softcapping", 50.0),
         ("gemma3", "use_bidirectional_attention", True),
         ("gemma3", "hidden_activation", "relu"),
+        ("gemma3", "layer_types", ["full_attention", "chunked_attention", "full_attention"]),
+        ("gemma3", "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
         ("granite", "mlp_bias", True),
         ("olmo2", "hidden_act", "gelu"),
     ],

@@ -41,8 +41,7 @@ class Experts:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         chosen, weights = self.router(x)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for index, expert in enumerate(self.experts):
+        for index in sorted(set(chosen.flatten().tolist())):
             rows, place = torch.nonzero(chosen == index, as_tuple=True)
-            if len(rows):
-                out[rows] += expert(x[rows]).float() * weights[rows, place].unsqueeze(-1)
+            out[rows] += self.experts[index](x[rows]).float() * weights[rows, place].unsqueeze(-1)
         return out.to(x.dtype)

@@ -33,6 +33,8 @@ class Gemma3(Llama):
     def kind(self, layer: int) -> str:
         """Whether a layer is SLIDING or FULL."""
         if kinds := self.source.get("layer_types"):
+            if len(kinds) < self.config.num_layers or not set(kinds) <= {SLIDING, FULL}:
+                raise ModelError(f"config: layer_types must name {SLIDING} or {FULL} for each layer")
             return str(kinds[layer])
         every = self.source.get("sliding_window_pattern") or self.source.get("_sliding_window_pattern") or 6
         return SLIDING if (layer + 1) % int(every) else FULL
@@ -47,6 +49,8 @@ class Gemma3(Llama):
     def rope_config(self, kind: str) -> Mapping[str, Any]:
         """Either by kind, or (older files) scaling for the full layers only and a base for each."""
         if by_kind := self.source.get("rope_parameters"):
+            if kind not in by_kind:
+                raise ModelError(f"config: rope_parameters has nothing for {kind}")
             rope = dict(by_kind[kind])
         elif kind == FULL:
             rope = {"rope_theta": self.source.get("rope_theta"), **(self.source.get("rope_scaling") or {})}
@@ -59,11 +63,9 @@ class Gemma3(Llama):
         return replace(super().take_norm(weights, name, size), unit_offset=True)
 
     def attention_shape(self, layer: int) -> AttentionShape:
-        shape = replace(
-            super().attention_shape(layer),
-            scale=float(self.source.get("query_pre_attn_scalar", 256)) ** -0.5,
-        )
-        return replace(shape, window=self.source.get("sliding_window")) if self.kind(layer) == SLIDING else shape
+        scale = float(self.source.get("query_pre_attn_scalar", 256)) ** -0.5
+        window = self.source.get("sliding_window") if self.kind(layer) == SLIDING else None
+        return replace(super().attention_shape(layer), scale=scale, window=window)
 
     def head_norms(self, weights: Weights, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
         query, key = (
