@@ -44,12 +44,13 @@ class FusedOps(Protocol):
 
 def forward_of(model: Any, ops: Any) -> Forward:
     """The model's forward, through `FusedOps` where it is a decoder of plain layers and a step has few rows."""
+    plain: Forward = model.forward
     if not (isinstance(model, Decoder) and hasattr(ops, "fuses") and all(map(_plain, model.layers))):
-        return model.forward
+        return plain
 
     def forward(kv: KVCache, batch: BatchTensors) -> torch.Tensor:
         if not ops.fuses(len(batch.ids), model.config.hidden_size):
-            return model.forward(kv, batch)
+            return plain(kv, batch)
         return model.norm(None, _stream(model.embed(batch.ids), model.layers, ops, kv, batch))
 
     return forward

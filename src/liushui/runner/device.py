@@ -152,7 +152,7 @@ class DeviceSteps:
         step.logprobs = self._logprobs(out, sampled, states)
         step.prompts = self._prompt_logprobs(plan, out, states)
         if self.device.type == "cuda":
-            step.done = torch.cuda.Event()
+            step.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             step.done.record()
         self._flying.append(step)
         return step

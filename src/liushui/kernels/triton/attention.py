@@ -274,7 +274,7 @@ def decode(
         scales = torch.empty(count * 2 * rows, dtype=torch.float32, device=out.device)
     bulk = shape.bulk(chained) if bulk is None else bulk
     if bulk:
-        k_cache, v_cache = _bulk(shape, k_cache), _bulk(shape, v_cache)  # type: ignore[assignment]
+        k_cache, v_cache = _bulk(shape, k_cache), _bulk(shape, v_cache)
     _decode[(shape.num_kv_heads, sequences, parallel)](
         qkv, k_cache, v_cache, out, sums, scales, arrived, query_start, seq_lens, block_table, width, splits,
         scale * LOG2E, window or 0, **shape.constants(), ROWS=rows, WINDOW=window is not None, PARALLEL=parallel,
@@ -294,7 +294,7 @@ def chunks(
     tiles = qkv.shape[0] // tokens + sequences
     bulk = shape.bulk(chained) if bulk is None else bulk
     if bulk:
-        k_cache, v_cache = _bulk(shape, k_cache), _bulk(shape, v_cache)  # type: ignore[assignment]
+        k_cache, v_cache = _bulk(shape, k_cache), _bulk(shape, v_cache)
     _chunks[(shape.num_kv_heads, tiles)](
         qkv, k_cache, v_cache, out, query_start, seq_lens, block_table, sequences, width, scale * LOG2E, window or 0,
         **shape.constants(), GP=padded_group, BQ=tokens, WINDOW=window is not None, STAGES=num_stages, BULK=bulk,

@@ -105,7 +105,7 @@ class TritonOps:
 
     def certificate(self, weight: Tensor, bias: Tensor | None) -> products.Certificate:
         key = (*weight.shape, weight.dtype, bias is not None)
-        return self.certificates.setdefault(key, products.Certificate())  # type: ignore[arg-type]
+        return self.certificates.setdefault(key, products.Certificate())
 
     def report(self) -> list[str]:
         """One line for each weight shape: which row counts the vendor's product serves."""
