@@ -7,6 +7,7 @@ import typer
 from liushui.cli.chat import chat
 from liushui.cli.common import guarded, version
 from liushui.cli.demo import demo
+from liushui.cli.diff import diff
 from liushui.cli.explain import explain
 from liushui.cli.generate import generate
 from liushui.cli.models import models, pull
@@ -21,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, pull, models, demo, explain, verify):
+for command in (generate, chat, pull, models, demo, diff, explain, verify):
     app.command()(guarded(command))
 
 

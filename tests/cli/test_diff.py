@@ -1,0 +1,122 @@
+"""`liushui diff`: an honest model is the same as in transformers; each kind of difference gets its name."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from liushui import LLM
+from liushui.engine.diff import FLOAT32, Limits, Question, diff
+from liushui.kernels.native import NativeOps
+from tests.cli.conftest import Done
+
+FLAGS = ["--kv-cache-gib", "0.01", "--threads", "1", "--kernels", "native", "--max-tokens", "6", "--json"]
+
+
+@pytest.fixture(scope="module")
+def readable(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model, with what transformers must be told to take the tokenizer as it is."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("models") / "readable")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "The sky is"}, {"prompt": "水"}, {"prompt_token_ids": [5, 6, 7]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_an_honest_model_is_the_same(liushui: Callable[..., Done], readable: Path, prompts: Path) -> None:
+    for template in ("auto", "none"):
+        done = liushui("diff", readable, "--prompts", prompts, "--template", template, *FLAGS)
+        assert done.code == 0, done.out
+        assert [row["cause"] for row in done.rows] == ["same"] * 3
+        assert all(row["compared"] == 6 and row["error"] < 1e-3 for row in done.rows)
+    assert "beside: transformers" in done.err
+
+
+def test_a_wrong_kernel_is_a_bug(
+    liushui: Callable[..., Done], readable: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = NativeOps.silu_mul
+    monkeypatch.setattr(NativeOps, "silu_mul", lambda self, x: honest(self, x) * 1.5)
+    done = liushui("diff", readable, "--prompts", prompts, *FLAGS[:-1])
+    assert done.code == 1
+    assert "bug" in done.out
+    assert "FAILED" in done.out
+
+
+def test_a_line_that_is_no_prompt_is_refused(liushui: Callable[..., Done], readable: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": 3}\n')
+    done = liushui("diff", readable, "--prompts", path, *FLAGS)
+    assert done.code == 2
+    assert "line 1" in done.err
+
+
+class Mirror:
+    """A peer that says what the engine says, except where it is told otherwise."""
+
+    def __init__(self, llm: LLM, *, gap: float = 0.0, template: str = "", extra: int = -1) -> None:
+        self.llm, self.gap, self.template, self.extra = llm, gap, template, extra
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        return self.llm.tokenizer.chat(messages)[0] + self.template
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids = self.llm.tokenizer.encode(text, add_special_tokens)
+        return ids if self.extra < 0 else [*ids[: self.extra], 9, *ids[self.extra :]]
+
+    def logits(self, ids: Sequence[int], first: int) -> torch.Tensor:
+        """The engine's own answer has the most likely tokens; another token is ahead by `gap` at the third."""
+        from liushui import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=len(ids) - first, logprobs=60)
+        answer = self.llm.generate([list(ids[: first + 1])], params, use_tqdm=False)[0].outputs[0]
+        rows = torch.full((len(ids) - first, self.llm.engine.inputs.limits.vocab_size), -30.0)
+        for row, (token, entry) in enumerate(zip(answer.token_ids, answer.logprobs or (), strict=True)):
+            for other, found in entry.items():
+                rows[row, other] = found.logprob
+            left = 1 - rows[row].exp().sum()
+            rows[row][rows[row] == -30.0] = float((left.clamp(min=1e-9) / (rows[row] == -30.0).sum()).log())
+            if row == 2 and self.gap:
+                rows[row, (token + 1) % rows.shape[1]] = rows[row, token] + self.gap
+                rows[row] = rows[row].log_softmax(dim=-1)
+        return rows
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> LLM:
+    return LLM(str(model), dtype="float32", kv_cache_gib=0.01, threads=1, kernels="native")
+
+
+@pytest.mark.parametrize(
+    ("peer", "limits", "cause", "position"),
+    [
+        ({}, FLOAT32, "same", None),
+        ({"gap": 5e-4}, Limits(tie=1e-3, error=5.0), "tie", 2),
+        ({"gap": 0.01}, Limits(tie=1e-3, error=5.0), "numerics", 2),
+        ({"gap": 3.0}, FLOAT32, "bug", 2),
+        ({"template": "!"}, FLOAT32, "template", len("<user>The sky is\n<assistant>")),
+        ({"extra": 4}, FLOAT32, "tokenisation", 4),
+    ],
+    ids=["same", "tie", "numerics", "bug", "template", "tokenisation"],
+)
+def test_each_cause_has_its_name(llm: LLM, peer: dict[str, Any], limits: Limits, cause: str, position: int) -> None:
+    question = Question(messages=[{"role": "user", "content": "The sky is"}])
+    (found,) = diff(llm, Mirror(llm, **peer), [question], 5, limits)
+    assert found.cause == cause
+    assert found.position == position
+    assert found.passed == (cause in ("same", "tie", "numerics"))
+    if cause in ("tie", "numerics", "bug"):
+        assert found.margin == pytest.approx(peer["gap"], rel=0.01)
+        assert found.compared == 2
