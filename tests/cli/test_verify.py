@@ -46,6 +46,17 @@ def test_a_broken_kernel_fails(liushui: Callable[..., Done], model: Path) -> Non
     assert "alone, again: the same bits" in done.err
 
 
+def test_with_a_step_in_flight(model: Path) -> None:
+    """As on a GPU: the next step is planned before the tokens of the last one are known."""
+    from liushui import LLM
+
+    llm = LLM(str(model), dtype="float32", kv_cache_gib=0.01, threads=1)
+    llm.engine.depth = 1
+    verdicts = list(verify(llm, max_tokens=4))
+    assert all(verdict.passed for verdict in verdicts), verdicts
+    assert len(verdicts) == len(WAYS)
+
+
 def test_what_did_not_happen_proves_nothing(model: Path) -> None:
     from liushui import LLM
     from liushui.engine.verify import Way
