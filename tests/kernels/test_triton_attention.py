@@ -11,7 +11,7 @@ from tests.kernels.triton_support import COMPILED, DEVICE, DTYPES, MARK, TOLERAN
 
 pytestmark = MARK
 
-SHORT = 1500 if COMPILED else 90
+SHORT = 1500 if COMPILED else 75
 
 
 @pytest.fixture(autouse=True)
@@ -60,14 +60,15 @@ def test_window(window: int) -> None:
             close(got, expected[share.start : share.end], 2 * TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES if COMPILED else [torch.float16])
 @pytest.mark.parametrize(("heads", "window"), [(Heads(6, 2, 32), None), (Heads(4, 1, 64), 100)])
 def test_same_bits_alone_in_company_in_chunks_and_shared(dtype: torch.dtype, heads: Heads, window: int | None) -> None:
     """Each position decoded alone = as a part of any chunk, in any tile, other blocks and block sizes, any programs."""
     sequence, other = Sequence.random(heads, SHORT, dtype, 1), Sequence.random(heads, 40, dtype, 2)
     probes = [0, 63, 64, SHORT - 30, SHORT - 1]
     alone = {p: attend(OnDevice(1), [Share(sequence, p, p + 1)], window=window)[0][0] for p in probes}
-    for form in (OnDevice(4), OnDevice(16, rows=16, num_warps=4), OnDevice(1, rows=64, num_warps=4)):
+    forms = [OnDevice(16, rows=16, num_warps=4), OnDevice(4), OnDevice(1, rows=64, num_warps=4)]
+    for form in forms[: None if COMPILED else 1]:
         cut = SHORT - 31
         shares = [Share(other, 39, 40), Share(sequence, SHORT - 1, SHORT), Share(sequence, cut, SHORT)]
         shares += [Share(other, 0, 21), Share(sequence, 62, 65), Share(sequence, 0, 1)]

@@ -7,6 +7,8 @@ from liushui.config import EngineConfig
 from liushui.errors import CapacityError
 from liushui.models.registry import ModelSizes
 from liushui.runner.memory import GIB, plan_kv
+from liushui.runner.runner import check_weights_fit
+from tests.support.tiny import DictCheckpoint
 
 SMOL = ModelSizes("LlamaForCausalLM", 30, 3, 64, 49152, 8192)
 
@@ -43,3 +45,17 @@ def test_the_impossible_is_refused_by_name(settings: dict, free: int, field: str
     with pytest.raises(CapacityError) as caught:
         plan_kv(EngineConfig(**settings), SMOL, torch.float32, free)
     assert caught.value.field == field
+
+
+def test_a_gpu_is_filled_in_larger_blocks() -> None:
+    plan = plan_kv(EngineConfig(max_num_seqs=1000), SMOL, torch.bfloat16, 8 * GIB, on_gpu=True)
+    assert plan.block_size == 64
+    assert plan.num_tokens * plan.bytes_per_token > 8 * GIB - 64 * plan.bytes_per_token
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
+    checkpoint = DictCheckpoint({}, {"a": torch.empty(1024, 1024, device="meta"), "b": torch.empty(10, device="meta")})
+    check_weights_fit(checkpoint, torch.bfloat16, 3 * 2**20, 2**19)
+    with pytest.raises(CapacityError, match=r"2\.0 GiB|0\.0 GiB") as caught:
+        check_weights_fit(checkpoint, torch.bfloat16, 2 * 2**20, 2**19)
+    assert caught.value.field == "device"

@@ -126,6 +126,8 @@ class DeviceSteps:
         self.max_width = limits.width
         self.staging = Staging(device, sequences, rows, self.max_width, block_size)
         self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
+        self.graph_failure: str | None = None
+        """Why no more steps are captured."""
         self._seen: set[StepShape] = set()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._feed = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
@@ -172,7 +174,7 @@ class DeviceSteps:
 
     def _run(self, shape: StepShape) -> Outputs:
         if shape not in self.graphs and self.device.type == "cuda":
-            if shape in self._seen and len(self.graphs) < MAX_GRAPHS:
+            if shape in self._seen and len(self.graphs) < MAX_GRAPHS and self.graph_failure is None:
                 self._capture(shape)
             self._seen.add(shape)
         if shape in self.graphs:
@@ -182,10 +184,15 @@ class DeviceSteps:
         return self._compute(shape)
 
     def _capture(self, shape: StepShape) -> None:
+        """Capture the step; a model that asks the host in between cannot be captured, and runs kernel by kernel."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = self._compute(shape)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                out = self._compute(shape)
+        except RuntimeError as error:
+            self.graph_failure = str(error).splitlines()[0]
+            return
         self.graphs[shape] = graph, out
 
     def _compute(self, shape: StepShape) -> Outputs:

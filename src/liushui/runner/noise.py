@@ -40,7 +40,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = x * np.uint32(0x7FEB352D)
     x = x ^ (x >> np.uint32(15))
     x = x * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
+    mixed: np.ndarray = x ^ (x >> np.uint32(16))
+    return mixed
 
 
 def gumbel(first: np.ndarray, second: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """`StepPlan` in, tokens out: pack, forward, sample. On a CPU here, on a GPU in `device`."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 
 from liushui.config import EngineConfig
 from liushui.core.plan import Pending, PlanItem, StepPlan, StepResult, TokenLogprobs
-from liushui.errors import ParameterError
+from liushui.errors import CapacityError, ParameterError
 from liushui.kernels.ops import Ops, load_ops
 from liushui.kernels.policy import KernelPolicy
 from liushui.layers.batch import KVCache
@@ -83,18 +84,17 @@ class Runner:
         ops = pick_ops(config, device, threads)
         policy = KernelPolicy(ops, config.numerics)
         longest = min(config.max_model_len or shape.max_positions, shape.max_positions)
+        on_gpu = device.type == "cuda"
+        reserve = step_bytes(config, checkpoint.config) if on_gpu else 0
+        if on_gpu:
+            check_weights_fit(checkpoint, dtype, hardware.free_gpu_bytes(device, 0), reserve)
         weights = Weights(checkpoint.names(), checkpoint.shape, checkpoint.load, dtype, device)
         try:
             with torch.inference_mode():
                 model = build(checkpoint.config, weights, policy, longest)
         finally:
             weights.close()
-        on_gpu = device.type == "cuda"
-        free = (
-            hardware.free_gpu_bytes(device, step_bytes(config, checkpoint.config))
-            if on_gpu
-            else hardware.free_memory_bytes()
-        )
+        free = hardware.free_gpu_bytes(device, reserve) if on_gpu else hardware.free_memory_bytes()
         plan = plan_kv(config, shape, dtype, free, on_gpu=on_gpu)
         notes = [
             f"model: {shape.architecture}, {str(dtype).removeprefix('torch.')}, weights read in "
@@ -209,6 +209,18 @@ def step_bytes(config: EngineConfig, model: Mapping[str, Any]) -> int:
     vocab = int(model["vocab_size"])
     step = 2 * rows * (3 * inner + 8 * hidden) + 6 * config.max_num_seqs * vocab
     return 3 * GIB // 2 + 2 * step + 3 * max(vocab, 2 * inner) * hidden
+
+
+def check_weights_fit(checkpoint: Checkpoint, dtype: torch.dtype, free: int, reserve: int) -> None:
+    """Raise `CapacityError`, with the numbers, if the device cannot hold the weights and a step."""
+    needed = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()) * dtype.itemsize
+    if needed + reserve > free:
+        raise CapacityError(
+            "device",
+            f"the weights take {needed / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')} and a step "
+            f"{reserve / GIB:.1f} GiB, {free / GIB:.1f} GiB are free on the GPU; lower max_num_batched_tokens or "
+            "max_num_seqs, free memory there, or choose a smaller model or device cpu",
+        )
 
 
 if TYPE_CHECKING:
