@@ -22,8 +22,8 @@ PARAMS = [
 ]
 NEW = 8
 VARIANTS = [("float32", "torch"), ("bfloat16", "torch"), ("float32", "native"), ("bfloat16", "native")]
-FAMILIES = ("llama", "gpt2", "qwen3", "mistral-window", "gemma3", "olmo2", "qwen3-moe-mixed")
-RELATIVES = ("granite", "phi3", "mixtral")
+FAMILIES = ("llama", "gpt2", "qwen3", "mistral-window")
+RELATIVES = ("gemma3", "granite", "olmo2", "phi3", "mixtral", "qwen3-moe-mixed")
 CASES = [(family, *variant) for family in FAMILIES for variant in VARIANTS]
 CASES += [(family, *variant) for family in RELATIVES for variant in VARIANTS[1:3]]
 
