@@ -91,6 +91,18 @@ def test_tokens_in_flight_feed_the_next_step() -> None:
     assert [step.result().tokens["a"][0] for step in pending] == driver.ids["a"][len(prompt) :]
 
 
+def test_an_id_used_again_has_its_own_parameters() -> None:
+    prompt, answers = _prompts(2)[1], []
+    for runner in (_runner("llama"), tiny.runner(tiny.oracle("llama", 3, **SIZES), device="cpu", block_size=16)):
+        answers.append([])
+        for seed in (1, 2, 3):
+            driver = tiny.Driver(runner)
+            driver.add("again", prompt, SamplingParams(temperature=5.0, top_k=2**31 - 1), seed=seed)
+            answers[-1].append(driver.step({"again": len(prompt)}).tokens["again"])
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) > 1
+
+
 def test_row_keys_at_once() -> None:
     seeds = [0, 1, 2**63 - 1, -5, 123456789]
     positions = np.array([0, 7, 1000, 3, 2**20])

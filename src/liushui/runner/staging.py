@@ -17,6 +17,8 @@ from liushui.runner.state import SequenceState
 
 _ALIGN = 16
 """int32 words: parts begin at multiples of 64 bytes, so that a kernel's loads are as wide in every part."""
+_ALL_TOKENS = 2**24
+"""A top_k this large is all tokens; float32 holds every integer up to it."""
 RING = 4
 """Pinned buffers: more than the steps that can be in flight."""
 
@@ -122,14 +124,16 @@ class Staging:
 
     def _remember(self, plan: StepPlan, states: Mapping[str, SequenceState]) -> np.ndarray:
         """Bring the places' block tables and parameters up to date; returns the items' places."""
+        fresh = {new.seq_id for new in plan.new}  # an id may be used again, once its first owner has ended
         for item in plan.items:
             place = item.slot
-            if self._owners[place] != item.seq_id:
+            if self._owners[place] != item.seq_id or item.seq_id in fresh:
                 self._owners[place] = item.seq_id
                 new = states[item.seq_id].new
                 s = new.sampling
+                top_k = min(max(0, s.top_k), _ALL_TOKENS)
                 self._seeds[place] = new.seed & 0xFFFFFFFFFFFFFFFF
-                self._params[:, place] = (0.0 if s.greedy else s.temperature, max(0, s.top_k), s.top_p, s.min_p)
+                self._params[:, place] = (0.0 if s.greedy else s.temperature, top_k, s.top_p, s.min_p)
             if self._blocks[place] != item.block_table:
                 self._blocks[place] = item.block_table
                 self._tables[place, : len(item.block_table)] = item.block_table
