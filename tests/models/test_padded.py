@@ -21,7 +21,7 @@ def test_positions_count_the_tokens_of_the_row() -> None:
     assert pad([[5, 6], [8]], 0, right=True)[0].tolist() == [[5, 6], [8, 0]]
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-bias", "llama3-rope", "mistral-window", "gpt2", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 @torch.inference_mode()
 def test_against_hugging_face_with_cache(family: str) -> None:
     theirs: Any = tiny.oracle(family, 3)
