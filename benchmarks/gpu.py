@@ -176,7 +176,7 @@ class Bench:
         if cost:
             run.floor = sum(map(self.costs.floor, plans))
             run.flops = sum(map(self.costs.flops, plans))
-        self.preemptions = scheduler.num_preemptions
+        self.preemptions, self.hits = scheduler.num_preemptions, scheduler.num_hit_tokens
         return run, answers
 
     def prompt(self, length: int, seed: int) -> list[int]:
@@ -257,7 +257,8 @@ class Bench:
             got = collect(requests, self.serve(requests, cost=False, **settings)[1])
             differ = sum(answer != reference[i] for i, answer in zip(which, got, strict=True))
             tokens = sum(answer[0] != reference[i][0] for i, answer in zip(which, got, strict=True))
-            say(T5=name, differ=differ, of=len(which), tokens_differ=tokens, preemptions=self.preemptions)
+            say(T5=name, differ=differ, of=len(which), tokens_differ=tokens, preemptions=self.preemptions,
+                hit_tokens=self.hits)  # fmt: skip
 
 
 def first_token(shape: str) -> None:
