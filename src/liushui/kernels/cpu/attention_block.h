@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int kKeys = 64;     // keys in a block, aligned to absolute positions
+constexpr int kKeys = 32;     // keys in a block, aligned to absolute positions: few enough for the nearest cache
 constexpr int kTileRows = 6;  // query rows whose sums fit the registers
 static_assert(kKeys % W == 0, "a block is whole vectors");
 
@@ -123,13 +123,20 @@ LS_INLINE void fetch_rows(const T* const* rows, long count, long dim) {
     for (long i = 0; i < dim * (long)sizeof(T); i += 64) __builtin_prefetch((const char*)rows[j] + i);
 }
 
-// Transposed keys: out[d][j] for keys j in [from, to), which are multiples of Kw. Their values are fetched meanwhile.
+// Transposed keys: out[d][j] for keys j in [from, to), which are multiples of Kw. Their values are fetched meanwhile,
+// evenly, since more requests at once than the core can hold would stall it.
 template <class T>
 void transpose_keys(const T* const* keys, const T* const* values, long from, long to, long dim, float* out) {
+  constexpr long kParts = 16 / Kw;  // of a row of values: each step over 4 dimensions fetches one
+  const long part = dim * (long)sizeof(T) / kParts;
   for (long j = from; j < to; j += Kw) {
-    fetch_rows(values + j, Kw, dim);
     long d = 0;
     for (; d + 4 <= dim; d += 4) {
+      const long step = d / 4;
+      if (step < kParts * Kw) {
+        const char* value = (const char*)values[j + step / kParts] + step % kParts * part;
+        for (long i = 0; i < part; i += 64) __builtin_prefetch(value + i);
+      }
       vk columns[4];
       load_columns(keys + j, d, columns);
       for (int i = 0; i < 4; i++) store_k(out + (d + i) * kKeys + j, columns[i]);

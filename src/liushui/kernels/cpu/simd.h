@@ -23,10 +23,12 @@
 #endif
 #endif
 
+#ifndef LS_REGISTERS
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define LS_REGISTERS 32
 #else
 #define LS_REGISTERS 16
+#endif
 #endif
 
 #define LS_INLINE inline __attribute__((always_inline))
@@ -181,10 +183,8 @@ LS_INLINE vf times_sigmoid(vf x, vf y) { return x / (1.0f + vexp(-y)); }
 constexpr int Kw = 8;
 typedef __m256 vk;
 
-LS_INLINE vk splat_k(float x) { return _mm256_set1_ps(x); }
 LS_INLINE vk load_k(const float* p) { return _mm256_loadu_ps(p); }
 LS_INLINE void store_k(float* p, vk v) { _mm256_storeu_ps(p, v); }
-LS_INLINE vk fma_k(vk a, vk b, vk c) { return _mm256_fmadd_ps(a, b, c); }
 
 // Four elements of one row beside four of another.
 LS_INLINE vk load_beside(const float* low, const float* high) {
@@ -211,10 +211,8 @@ constexpr int Kw = 4;
 static_assert(W == Kw, "the baseline has vectors of four");
 typedef vf vk;
 
-LS_INLINE vk splat_k(float x) { return splat(x); }
 LS_INLINE vk load_k(const float* p) { return load(p); }
 LS_INLINE void store_k(float* p, vk v) { store(p, v); }
-LS_INLINE vk fma_k(vk a, vk b, vk c) { return fma(a, b, c); }
 
 template <class T>
 LS_INLINE void load_columns(const T* const* rows, long d, vk* columns) {
