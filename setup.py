@@ -58,7 +58,8 @@ def build_library(target: Path, objects: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.stderr.write(f"{shlex.join(command)}\n{done.stderr}")
-            raise BuildFailed(f"{compiler[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise BuildFailed(f"{compiler[0]} failed: {next((x for x in lines if 'error' in x), lines[0])}")
 
     commands = [
         [*compiler, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", output]

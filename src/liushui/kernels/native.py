@@ -126,7 +126,7 @@ class NativeOps:
     ) -> Tensor:
         kind = _type_of(x, weight, bias, residual)
         rows, width = x.shape
-        _check(weight.shape == (width,) and (bias is None or bias.shape == (width,)), "norm: weight is not [H]")
+        _check(weight.numel() == width and (bias is None or bias.numel() == width), "norm: weight is not [H]")
         _check(residual is None or residual.shape == x.shape, "norm: residual is not [T, H]")
         out = torch.empty_like(x)
         self._norm(
@@ -151,12 +151,13 @@ class NativeOps:
         eps: float,
     ) -> None:
         kind = _type_of(qkv, k_cache, v_cache, q_norm, k_norm)
-        _check_heads(qkv, num_heads, num_kv_heads, head_dim, k_cache, v_cache)
-        tokens = qkv.shape[0]
+        tokens, width = qkv.shape
+        blocks, block_size = _check_heads(width, num_heads, num_kv_heads, head_dim, k_cache, v_cache)
         _check_indices(positions, slots)
-        _check(positions.shape == (tokens,) == slots.shape, "qkv_to_cache: positions and slots are not [T]")
+        right = positions.numel() == tokens == slots.numel()
+        _check(right, "qkv_to_cache: positions and slots are not [T]")
         for norm in (q_norm, k_norm):
-            _check(norm is None or norm.shape == (head_dim,), "qkv_to_cache: head norm is not [D]")
+            _check(norm is None or norm.numel() == head_dim, "qkv_to_cache: head norm is not [D]")
         max_position, rotary = 0, 0
         if rope is not None:
             max_position, rotary = rope.shape
@@ -164,7 +165,7 @@ class NativeOps:
             _check(right, "qkv_to_cache: rope is not float32 [max_position, R] with an even R <= D")
         wrong = self._to_cache(
             kind, self.threads, qkv.data_ptr(), num_heads, num_kv_heads, head_dim, positions.data_ptr(),
-            slots.data_ptr(), tokens, k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[0], k_cache.shape[2],
+            slots.data_ptr(), tokens, k_cache.data_ptr(), v_cache.data_ptr(), blocks, block_size,
             _pointer(rope), max_position, rotary, _pointer(q_norm), _pointer(k_norm), eps,
         )  # fmt: skip
         if wrong:
@@ -185,19 +186,19 @@ class NativeOps:
         window: int | None = None,
     ) -> Tensor:
         kind = _type_of(qkv, k_cache, v_cache)
-        _check_heads(qkv, num_heads, num_kv_heads, head_dim, k_cache, v_cache)
-        _check_indices(query_start, seq_lens, block_table)
         rows, width = qkv.shape
+        blocks, block_size = _check_heads(width, num_heads, num_kv_heads, head_dim, k_cache, v_cache)
+        _check_indices(query_start, seq_lens, block_table)
         sequences, max_blocks = block_table.shape
-        right = query_start.shape == (sequences + 1,) and seq_lens.shape == (sequences,)
+        right = query_start.numel() == sequences + 1 and seq_lens.numel() == sequences
         _check(right, "attention: query_start is not [S + 1] or seq_lens not [S]")
         _check(window is None or window > 0, "attention: window is not positive")
-        out = torch.empty((rows, num_heads * head_dim), dtype=qkv.dtype)
+        out = qkv.new_empty((rows, num_heads * head_dim))
         if rows == 0:
             return out
         wrong = self._attention(
             kind, self.threads, qkv.data_ptr(), width, out.data_ptr(), rows, num_heads, num_kv_heads, head_dim,
-            k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[0], k_cache.shape[2], query_start.data_ptr(),
+            k_cache.data_ptr(), v_cache.data_ptr(), blocks, block_size, query_start.data_ptr(),
             seq_lens.data_ptr(), block_table.data_ptr(), sequences, max_blocks, scale, window or 0,
         )  # fmt: skip
         if wrong:
@@ -215,7 +216,7 @@ class NativeOps:
 
     def _run_activation(self, x: Tensor, kind: int, width: int) -> Tensor:
         dtype = _type_of(x)
-        out = torch.empty((x.shape[0], width), dtype=x.dtype)
+        out = x.new_empty((x.shape[0], width))
         self._activation(dtype, self.threads, kind, x.data_ptr(), out.data_ptr(), x.shape[0], width)
         return out
 
@@ -234,10 +235,11 @@ class NativeOps:
         _type_of(x, packed.data, bias)
         rows, inner = x.shape
         width = packed.out_features
-        _check(packed.kind == self._layout, f"linear: packed as {packed.kind}, not {self._layout}")
+        if packed.kind != self._layout:
+            raise ValueError(f"linear: packed as {packed.kind}, not {self._layout}")
         _check(inner == packed.in_features, "linear: x is not [M, K]")
-        _check(bias is None or bias.shape == (width,), "linear: bias is not [N]")
-        out = torch.empty((rows, width), dtype=torch.float32)
+        _check(bias is None or bias.numel() == width, "linear: bias is not [N]")
+        out = x.new_empty((rows, width))
         self._linear(
             self.threads, x.data_ptr(), rows, inner, packed.data.data_ptr(), _pointer(bias), out.data_ptr(), width
         )  # fmt: skip
@@ -247,26 +249,36 @@ class NativeOps:
 def _type_of(first: Tensor, *others: Tensor | None) -> int:
     """The common type's number in the library; refuses what raw pointers must not see."""
     dtype = first.dtype
-    _check(dtype in _TYPES, f"native kernels take float32 or bfloat16, not {dtype}")
-    _check(first.is_contiguous(), "native kernels take contiguous tensors")
+    number = _TYPES.get(dtype)
+    if number is None:
+        raise ValueError(f"native kernels take float32 or bfloat16, not {dtype}")
+    if not first.is_contiguous():
+        raise ValueError("native kernels take contiguous tensors")
     for other in others:
-        if other is not None:
-            _check(other.dtype == dtype, f"native kernels take one type, not {dtype} and {other.dtype}")
-            _check(other.is_contiguous(), "native kernels take contiguous tensors")
-    return _TYPES[dtype]
+        if other is None:
+            continue
+        if other.dtype is not dtype:
+            raise ValueError(f"native kernels take one type, not {dtype} and {other.dtype}")
+        if not other.is_contiguous():
+            raise ValueError("native kernels take contiguous tensors")
+    return number
 
 
 def _check_indices(*indices: Tensor) -> None:
     for index in indices:
-        _check(index.dtype == torch.int32 and index.is_contiguous(), "indices are not contiguous int32")
+        if index.dtype is not torch.int32 or not index.is_contiguous():
+            raise ValueError("indices are not contiguous int32")
 
 
 def _check_heads(
-    qkv: Tensor, num_heads: int, num_kv_heads: int, head_dim: int, k_cache: Tensor, v_cache: Tensor
-) -> None:
-    _check(num_heads % num_kv_heads == 0, "query heads are not a multiple of key-value heads")
-    _check(head_dim <= MAX_HEAD_DIM, f"head dimension above {MAX_HEAD_DIM}")
-    _check(qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim, "qkv is not [T, (Hq + 2 Hk) D]")
-    shape = k_cache.shape
-    _check(shape[1] == num_kv_heads and shape[3] == head_dim, "cache is not [num_blocks, Hk, block_size, D]")
-    _check(v_cache.shape == shape, "the caches differ in shape")
+    width: int, num_heads: int, num_kv_heads: int, head_dim: int, k_cache: Tensor, v_cache: Tensor
+) -> tuple[int, int]:
+    """Number and size of the blocks."""
+    blocks, heads, block_size, dim = shape = k_cache.shape
+    if num_heads % num_kv_heads or head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"query heads are not a multiple of key-value heads, or their size is above {MAX_HEAD_DIM}")
+    if width != (num_heads + 2 * num_kv_heads) * head_dim:
+        raise ValueError("qkv is not [T, (Hq + 2 Hk) D]")
+    if heads != num_kv_heads or dim != head_dim or v_cache.shape != shape:
+        raise ValueError("the caches are not [num_blocks, Hk, block_size, D]")
+    return blocks, block_size

@@ -39,41 +39,57 @@ void run_share(void* pointer) {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 GompParallel gomp_parallel = nullptr;
 
-// The pool for where there is none to share: workers sleep until a job comes.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// The pool for where there is none to share. Whoever waits looks for a short while (a step is many jobs in a row),
+// then sleeps.
 class Pool {
  public:
   void run(int threads, Job& job) {
     std::lock_guard<std::mutex> one_at_a_time(callers_);
     while (static_cast<int>(workers_.size()) < threads - 1) {
       const int index = static_cast<int>(workers_.size());
-      workers_.emplace_back([this, index] { work(index); });
+      const uint64_t seen = generation_.load();
+      workers_.emplace_back([this, index, seen] { work(index, seen); });
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = &job;
-      wanted_ = running_ = threads - 1;
-      generation_++;
+      wanted_ = threads - 1;
+      running_.store(static_cast<int>(workers_.size()));  // all take note of a job, `wanted_` of them work on it
+      generation_.fetch_add(1);
     }
     wake_.notify_all();
     run_share(&job);
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return running_ == 0; });
+    wait(done_, [this] { return running_.load() == 0; });
   }
 
  private:
-  void work(int index) {
-    uint64_t seen = 0;
+  template <class Condition>
+  void wait(std::condition_variable& signal, Condition condition) {
+    for (int i = 0; i < 4000; i++) {
+      if (condition()) return;
+      relax();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    signal.wait(lock, condition);
+  }
+
+  void work(int index, uint64_t seen) {
     for (;;) {
-      Job* job;
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_ != seen && index < wanted_; });
-        seen = generation_;
-        job = job_;
+      wait(wake_, [&] { return generation_.load() != seen; });
+      seen++;
+      if (index < wanted_) run_share(job_);
+      if (running_.fetch_sub(1) == 1) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        done_.notify_one();
       }
-      run_share(job);
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (--running_ == 0) done_.notify_one();
     }
   }
 
@@ -81,8 +97,9 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
   Job* job_ = nullptr;
-  int wanted_ = 0, running_ = 0;
-  uint64_t generation_ = 0;
+  int wanted_ = 0;
+  std::atomic<int> running_{0};
+  std::atomic<uint64_t> generation_{0};
 };
 
 std::atomic<Pool*> pool{nullptr};
