@@ -77,6 +77,42 @@ class EngineConfig:
         return tuple(field.name for field in fields(cls))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingConfig:
+    """Settings of an engine behind a server, beside its `EngineConfig`. `validate()` raises `ParameterError`."""
+
+    served_names: tuple[str, ...] = ()
+    """Names clients may use for the model, the first is reported. Default: as `EngineConfig.model`."""
+    target_itl_ms: float | None = None
+    """Longest step, in milliseconds, while answers stream: prompts enter in chunks that keep it. Default: a few times
+    the measured step without prompts. 0: no limit in time."""
+    max_queue_requests: int = 256
+    """Most requests that wait; more are refused with 503 and Retry-After."""
+    max_queue_tokens: int = 262144
+    """Most prompt tokens that wait; more are refused with 503 and Retry-After."""
+    timeout: float | None = 600.0
+    """Seconds until a request must have ended, unless it asks for less. Default: ten minutes."""
+    ageing: float = 10.0
+    """Seconds in the queue that count as one step of priority, so that nobody starves."""
+    stall: float = 60.0
+    """Seconds without a step, though there is work, until the engine calls itself not ready."""
+
+    def validate(self) -> "ServingConfig":
+        for name in ("max_queue_requests", "max_queue_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ParameterError(name, f"must be a positive integer, got {value!r}")
+        for name in ("timeout", "ageing", "stall"):
+            value = getattr(self, name)
+            none = value is None and name == "timeout"
+            if not none and not (isinstance(value, int | float) and 0 < value < 1e9):
+                raise ParameterError(name, f"must be a positive number of seconds, got {value!r}")
+        itl = self.target_itl_ms
+        if itl is not None and not (isinstance(itl, int | float) and 0 <= itl < 1e6):
+            raise ParameterError("target_itl_ms", f"must be a number of milliseconds, 0 or more; got {itl!r}")
+        return self
+
+
 _CHOICES = {
     "device": Device,
     "dtype": DType,

@@ -26,3 +26,15 @@ class ModelError(LiushuiError):
 
 class WeightError(ModelError):
     """A tensor is missing, unexpected or misshapen; the message names it."""
+
+
+class Overloaded(LiushuiError):
+    """A request is refused now, and may be sent again later: the queue is full, or the engine drains or restarts.
+
+    `retry_after`: seconds, from the measured rate. `reason`: queue_requests, queue_tokens, starting, draining, failed.
+    """
+
+    def __init__(self, reason: str, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after = retry_after

@@ -19,6 +19,8 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    TIMEOUT = "timeout"
+    """Its deadline passed, in the queue or in the batch."""
     ERROR = "error"
 
 

@@ -105,6 +105,8 @@ class RequestOutput:
     """Every sampling parameter as it was used: drawn seed and resolved max_tokens included."""
     error: str | None = None
     """Why it was refused or could not go on; the other fields hold what there is."""
+    error_code: str | None = None
+    """The same for a program, when served: aborted, timeout, engine_died, model_error."""
 
 
 @dataclass(frozen=True, slots=True)
