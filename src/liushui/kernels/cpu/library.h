@@ -10,7 +10,7 @@ namespace liushui {
 void parallel(int threads, long tasks, void (*body)(void*, long), void* context);
 
 // Memory of the calling thread, 64-byte aligned, kept between calls. Each slot is one buffer.
-enum Slot { kWork = 0, kShared = 1, kSlots = 2 };
+enum Slot { kWork = 0, kShared = 1, kProduct = 2, kSlots = 3 };
 void* scratch(Slot slot, size_t bytes);
 
 // Asks for large pages behind memory not yet written (fewer misses of the address cache when it is streamed).
