@@ -1,9 +1,10 @@
 """What a user asks for: `SamplingParams`, and the immutable `Request` made from it."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from typing import Any, Self
 
 from liushui.errors import ParameterError
 
@@ -24,11 +25,35 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class _Given:
+    """Remembers which of its fields were named when it was made: those that no default may replace."""
+
+    __slots__ = ("given",)
+    given: frozenset[str]
+
+    def __new__(cls, *args: Any, **named: Any) -> Self:
+        made = super().__new__(cls)
+        object.__setattr__(made, "given", frozenset(named).union(cls.names()[: len(args)]))
+        return made
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))  # type: ignore[arg-type]  # a dataclass below
+
+    def __reduce__(self) -> Any:
+        return _remade, (type(self), {name: getattr(self, name) for name in self.names()}, self.given)
+
+
+def _remade(cls: Any, values: Mapping[str, Any], given: frozenset[str]) -> Any:
+    return cls(**values).giving(given)
+
+
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(_Given):
     """How to choose tokens and when to stop; names and meanings as in vLLM and the OpenAI API.
 
-    Raises `ParameterError`, naming the field, for a value that cannot be honoured.
+    Raises `ParameterError`, naming the field, for a value that cannot be honoured. `given` are the fields that were
+    named, with whatever value: the model's own defaults, where they are asked for, fill in the others.
     """
 
     n: int = 1
@@ -117,9 +142,20 @@ class SamplingParams:
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, 2**31 - 1)
 
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        return tuple(field.name for field in fields(cls))
+    def replaced(self, **changes: Any) -> "SamplingParams":
+        """A copy with these fields given too. (For `dataclasses.replace` all fields of the copy are given.)"""
+        return replace(self, **changes).giving(self.given | changes.keys())
+
+    def filled(self, defaults: Mapping[str, Any]) -> "SamplingParams":
+        """A copy whose fields that were not given have the values of `defaults`, and are still not given."""
+        missing = {name: value for name, value in defaults.items() if name not in self.given}
+        return replace(self, **missing).giving(self.given) if missing else self
+
+    def giving(self, names: Iterable[str]) -> "SamplingParams":
+        """A copy of which exactly the fields `names` count as given."""
+        made = replace(self)
+        object.__setattr__(made, "given", frozenset(names))
+        return made
 
 
 def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
