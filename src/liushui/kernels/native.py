@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liushui.kernels.native_linear import NativeProducts
 from liushui.kernels.ops import PackedLinear
 
 INSTRUCTION_SETS = ("avx512", "avx2", "generic")
@@ -32,9 +33,6 @@ _ARGUMENTS: dict[str, list[Any]] = {
         *[c_int] * 2, c_void_p, c_long, c_void_p, c_long, *[c_int] * 3, c_void_p, c_void_p, c_long, c_int,
         c_void_p, c_void_p, c_void_p, c_int, c_int, c_float, c_int,
     ],
-    "panel": [],
-    "pack": [c_int, c_void_p, c_long, c_long, c_void_p],
-    "linear": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p, c_long],
 }  # fmt: skip
 
 
@@ -103,9 +101,7 @@ class NativeOps:
         functions = {name: self._function(library, name) for name in _ARGUMENTS}
         self._norm, self._activation = functions["norm"], functions["activation"]
         self._to_cache, self._attention = functions["to_cache"], functions["attention"]
-        self._pack, self._linear = functions["pack"], functions["linear"]
-        self._panel = functions["panel"]()
-        self._layout = f"float32 panels of {self._panel}"
+        self.products = NativeProducts(library, self.isa, threads)
 
     def _function(self, library: ctypes.CDLL, name: str) -> Any:
         function = library[f"liushui_{name}_{self.isa}"]  # an own object, not the shared attribute
@@ -221,29 +217,10 @@ class NativeOps:
         return out
 
     def pack_linear(self, weight: Tensor) -> PackedLinear | None:
-        """float32 [N, K] in panels of columns; None for bfloat16."""
-        if weight.dtype != torch.float32:
-            return None
-        _type_of(weight)
-        width, inner = weight.shape
-        panels = -(-width // self._panel)
-        packed = torch.empty((panels, inner, self._panel), dtype=torch.float32)
-        self._pack(self.threads, weight.data_ptr(), width, inner, packed.data_ptr())
-        return PackedLinear(packed, width, inner, weight.dtype, self._layout)
+        return self.products.pack(weight)
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
-        _type_of(x, packed.data, bias)
-        rows, inner = x.shape
-        width = packed.out_features
-        if packed.kind != self._layout:
-            raise ValueError(f"linear: packed as {packed.kind}, not {self._layout}")
-        _check(inner == packed.in_features, "linear: x is not [M, K]")
-        _check(bias is None or bias.numel() == width, "linear: bias is not [N]")
-        out = x.new_empty((rows, width))
-        self._linear(
-            self.threads, x.data_ptr(), rows, inner, packed.data.data_ptr(), _pointer(bias), out.data_ptr(), width
-        )  # fmt: skip
-        return out
+        return self.products.linear(x, packed, bias)
 
 
 def _type_of(first: Tensor, *others: Tensor | None) -> int:
