@@ -11,6 +11,7 @@ Kernels = Literal["auto", "native", "torch", "triton"]
 Device = Literal["auto", "cpu", "cuda"]
 Numerics = Literal["invariant", "fast"]
 Side = Literal["left", "right"]
+Suggested = Literal["none", "auto"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,8 @@ class EngineConfig:
     """The side cut off by truncate_prompt_tokens."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the model's own."""
+    generation_config: Suggested = "none"
+    """Sampling defaults that the model's files suggest. none: reported only; auto: used where a request is silent."""
 
     def validate(self) -> "EngineConfig":
         for name, literal in _CHOICES.items():
@@ -120,4 +123,5 @@ _CHOICES = {
     "kernels": Kernels,
     "numerics": Numerics,
     "truncation_side": Side,
+    "generation_config": Suggested,
 }

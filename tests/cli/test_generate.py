@@ -119,9 +119,31 @@ def test_answers_do_not_depend_on_the_rest_of_the_file(liushui, engine_flags, tm
 def test_verbose_writes_what_was_in_force(liushui, engine_flags, prompts):
     done = liushui("generate", prompts, *engine_flags, "--max-tokens", 2, "--temperature", 1, "-v")
     row = done.rows[0]
-    assert row["effective_params"]["temperature"] == 1
-    assert row["effective_params"]["seed"] == row["seed"]
+    effective = row["effective_params"]
+    assert effective["temperature"] == {"value": 1, "source": "request"}
+    assert effective["seed"] == {"value": row["seed"], "source": "drawn"}
+    assert effective["top_p"] == {"value": 1.0, "source": "default"}
+    assert len(row["chat_template"]) == 12
+    assert f"chat template {row['chat_template']} from the model" in done.err
     assert '"max_num_seqs": 64' in done.err
+    assert "temperature 1.0 (command line)" in done.err
+    assert "top_p 1.0 (default)" in done.err
+
+
+def test_defaults_of_the_models_files(liushui, engine_flags, prompts, tmp_path):
+    folder = make_model(tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"temperature": 0.7, "top_k": 9, "max_new_tokens": 3}')
+    flags = [*engine_flags, "--model", folder, "--ignore-eos", "--top-k", 0, "-v"]
+    plain = liushui("generate", prompts, *flags)
+    assert plain.rows[0]["effective_params"]["temperature"] == {"value": 0.0, "source": "default"}
+    assert "not applied, though the model's files suggest it: temperature=0.7, top_k=9, max_tokens=3" in plain.err
+    asked = liushui("generate", prompts, *flags, "--generation-config", "auto")
+    effective = asked.rows[0]["effective_params"]
+    assert effective["temperature"] == {"value": 0.7, "source": "generation_config"}
+    assert effective["top_k"] == {"value": 0, "source": "request"}
+    assert effective["max_tokens"] == {"value": 3, "source": "generation_config"}
+    assert asked.rows[0]["completion_tokens"] == 3
+    assert "parameters: temperature 0.7 (generation_config), ignore_eos True, max_tokens 3 (gener" in asked.err
 
 
 def test_extras_are_saved(liushui, engine_flags, prompts, tmp_path):

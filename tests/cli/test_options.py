@@ -39,7 +39,7 @@ def test_every_field_has_one_flag_with_a_help_text(group):
 
 
 def test_no_two_fields_share_a_flag():
-    names = [name for name in inspect.signature(command).parameters if name != "word"]
+    names = [name for name in inspect.signature(command).parameters if name not in ("word", "_context")]
     assert len(names) == len(set(names)) == len(EngineConfig.names()) + len(SamplingParams.names())
 
 
@@ -48,6 +48,20 @@ def test_without_flags_the_settings_are_the_classes_own_but_for_the_commands_def
     assert config == EngineConfig()
     assert params == SamplingParams(temperature=0.0)
     assert word == "none"
+
+
+def test_what_is_typed_counts_as_given_also_where_it_is_the_default() -> None:
+    seen: list[SamplingParams] = []
+
+    @with_flags(ENGINE, SAMPLING)
+    def watch(config: EngineConfig, params: SamplingParams) -> None:
+        seen.append(params)
+
+    app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(watch)
+    assert CliRunner().invoke(app, ["--top-p", "1.0", "--temperature", "0", "--stop", "x"]).exit_code == 0
+    assert CliRunner().invoke(app, []).exit_code == 0
+    assert [params.given for params in seen] == [{"top_p", "temperature", "stop"}, set()]
 
 
 def test_values_reach_their_field():

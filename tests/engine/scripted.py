@@ -146,6 +146,7 @@ def make_engine(
     max_model_len: int = 128,
     tokenizer: Tokenizer | None = None,
     log_limit: int | None = None,
+    sampling_defaults: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Engine:
     settings = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4, "seed": 1} | settings
@@ -167,6 +168,7 @@ def make_engine(
         vocab_size=VOCAB_SIZE,
         depth=depth,
         log_limit=log_limit,
+        sampling_defaults=sampling_defaults,
     )
 
 

@@ -11,7 +11,7 @@ from liushui.config import EngineConfig
 from liushui.core.request import SamplingParams
 from liushui.engine.llm import LLM
 from liushui.engine.progress import Progress
-from liushui.engine.startup import Phases, generation_line, prompt_line, report
+from liushui.engine.startup import Phases, prompt_line, report
 from liushui.errors import ParameterError
 from tests.engine.scripted import make_llm, tiny_tokenizer
 
@@ -38,7 +38,6 @@ def test_report_names_everything_that_came_from_somewhere() -> None:
 def test_report_says_what_is_not_there() -> None:
     line = prompt_line(tiny_tokenizer(template=None))
     assert line == "prompts: no BOS added; answers end with '<|eos|>'; no chat template"
-    assert "suggest nothing else" in generation_line({"eos_token_id": 3, "temperature": None})
 
 
 def test_phases_add_up() -> None:

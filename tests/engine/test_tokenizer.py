@@ -42,6 +42,7 @@ def test_bos_is_added_once(text: str) -> None:
     bare = raw.encode(text, add_special_tokens=False).ids
     assert tokenizer.encode(text) == [1, *bare]
     assert tokenizer.encode(BOS + text) == [1, *bare]
+    assert tokenizer.encode(BOS * 3 + text) == [1, *bare]
     assert tokenizer.encode(text, add_special_tokens=False) == bare
     assert make(add_bos=False).encode(text) == bare
 
@@ -314,6 +315,20 @@ def test_bos_once_also_behind_a_template() -> None:
     assert text.startswith(BOS)
     assert ids.count(1) == 1
     assert tokenizer.encode(text) == ids
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("typed", ["", BOS, BOS * 2])
+@pytest.mark.parametrize("template", ["{{ bos_token }}{{ messages[0].content }}", "{{ messages[0].content }}"])
+def test_no_way_to_two_bos(template: str, typed: str, add_bos: bool) -> None:
+    """The tokenizer adds BOS, the template writes it, the user types it: any of these, or all."""
+    tokenizer = make(template, add_bos=add_bos)
+    bare = byte_level().encode("the fox").ids
+    text, ids = tokenizer.chat([{"role": "user", "content": typed + "the fox"}])
+    assert text == (BOS if "bos" in template else "") + typed + "the fox"
+    assert ids == ([1, *bare] if "bos" in template or typed else bare)
+    rendered_and_sent_as_a_prompt = tokenizer.encode(text)
+    assert rendered_and_sent_as_a_prompt == ([1, *bare] if add_bos else tokenizer.encode(text, False))
 
 
 def test_parts_of_text_are_joined() -> None:

@@ -40,7 +40,8 @@ def chat(
         )
     for line in llm.startup_report():
         note(line)
-    chosen = f"temperature {params.temperature}, top_p {params.top_p}, max_tokens {params.max_tokens}"
+    filled = llm.engine.inputs.filled(params)
+    chosen = f"temperature {filled.temperature}, top_p {filled.top_p}, max_tokens {filled.max_tokens}"
     note(f"parameters: {chosen}. /help lists commands")
     Conversation(llm, params, system).run()
 

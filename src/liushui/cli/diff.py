@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from liushui.engine.diff import Comparison, Question
 
 
-@with_flags(engine_group(frozenset({"model"}), dtype="float32"))
+@with_flags(engine_group(frozenset({"model", "generation_config"}), dtype="float32"))
 def diff(
     config: EngineConfig,
     model: Annotated[

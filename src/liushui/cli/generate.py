@@ -136,14 +136,28 @@ def _announce(
     else:
         how = "each as it is (the model has no chat template)"
     note(f"input: {rows} of {source.name} ({source.form}), {how}")
-    changed = {name: value for name, value in _shown(params).items() if value != getattr(SamplingParams(), name)}
-    greedy = " (greedy)" if params.greedy else ""
-    words = ", ".join(f"{name} {value}{greedy if name == 'temperature' else ''}" for name, value in changed.items())
+    filled = llm.engine.inputs.filled(params)
+    changed = {name: value for name, value in _shown(filled).items() if value != getattr(SamplingParams(), name)}
+    words = ", ".join(f"{name} {value}{_remark(name, filled, llm)}" for name, value in changed.items())
     note(f"parameters: {words or 'those of SamplingParams()'}; a row's own go first")
     note(f"output: {writer.name}")
     if verbose:
         note("engine: " + json.dumps(asdict(llm.config), default=str))
-        note("parameters: " + json.dumps(_shown(params), default=str))
+        shown = {name: f"{value} ({_source(name, filled, llm)})" for name, value in _shown(filled).items()}
+        note("parameters of a row that brings none: " + ", ".join(f"{name} {words}" for name, words in shown.items()))
+
+
+def _source(name: str, params: SamplingParams, llm: Any) -> str:
+    """Where the value that a row without its own gets comes from; in a row's effective_params "request" is both."""
+    if name in params.given:
+        return "command line"
+    return "generation_config" if name in llm.engine.inputs.sampling_defaults else "default"
+
+
+def _remark(name: str, params: SamplingParams, llm: Any) -> str:
+    remarks = ["greedy"] if name == "temperature" and params.greedy else []
+    remarks += ["generation_config"] if _source(name, params, llm) == "generation_config" else []
+    return f" ({', '.join(remarks)})" if remarks else ""
 
 
 def _conclude(tally: Tally, view: Any, writer: RowWriter) -> None:
@@ -192,7 +206,7 @@ def _save_extras(
             "liushui": version(),
             "command": sys.argv[1:],
             "engine": asdict(llm.config),
-            "sampling": _shown(params),
+            "sampling": _shown(llm.engine.inputs.filled(params)),
             "startup": llm.startup_report(),
             "summary": asdict(summarize(log)),
         }

@@ -79,12 +79,18 @@ class Job:
             keep(row, output)
         record = answer_row(row, output)
         if self._effective_params:
-            record["effective_params"] = dict(output.effective_params)
+            record["effective_params"] = output.effective_params.explained()
+            record["chat_template"] = self._template_of(row)
         if output.error is None:
             self.tally.answered += 1
         else:
             self.tally.failure(row.line)
         self._emit(record, output.error is not None)
+
+    def _template_of(self, row: Row) -> str | None:
+        """The hash of the template that made the row's prompt."""
+        made = row.messages is not None or (self.templated and row.prompt is not None)
+        return self.llm.tokenizer.template_hash if made else None
 
     def _refuse(self, row: Row | BadRow, message: str) -> None:
         self.tally.failure(row.line)

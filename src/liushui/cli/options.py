@@ -3,7 +3,7 @@
 import ast
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache, wraps
 from itertools import pairwise
@@ -97,8 +97,9 @@ class Group:
             return [f"{self.flag(name)}/--no-{self.flag(name)[2:]}"]
         return [self.flag(name)] + (["-m"] if name == "model" else [])
 
-    def build(self, given: Mapping[str, Any]) -> Any:
-        """The validated settings object from parsed flags; errors name the flag."""
+    def build(self, given: Mapping[str, Any], typed: Collection[str] = ()) -> Any:
+        """The validated settings object from parsed flags; errors name the flag. `typed`: keywords of the flags that
+        are on the command line, and not this command's defaults."""
         values = {
             item.name: given[self.keyword(item.name)] for item in fields(self.cls) if self.keyword(item.name) in given
         }
@@ -108,7 +109,9 @@ class Group:
             if isinstance(values.get("logit_bias"), str):
                 values["logit_bias"] = _json_object("logit_bias", values["logit_bias"])
             made = self.cls(**values)
-            return made.validate() if isinstance(made, EngineConfig) else made
+            if isinstance(made, SamplingParams):
+                return made.giving(name for name in values if self.keyword(name) in typed)
+            return made.validate()
         except ParameterError as error:
             raise self.named(error) from None
 
@@ -138,12 +141,15 @@ def with_flags(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., 
         extra = [item for group in groups for item in group.parameters()]
 
         @wraps(command)
-        def run(**given: Any) -> None:
-            built = [group.build(given) for group in groups]
+        def run(*, _context: typer.Context, **given: Any) -> None:
+            typed = {name for name in given if getattr(_context.get_parameter_source(name), "name", "") != "DEFAULT"}
+            built = [group.build(given, typed) for group in groups]
             command(*built, **{item.name: given[item.name] for item in own})
 
-        run.__signature__ = inspect.Signature(keyword_only + extra)  # type: ignore[attr-defined]
-        run.__annotations__ = {item.name: item.annotation for item in keyword_only + extra}
+        context = inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        parameters = [*keyword_only, *extra, context]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {item.name: item.annotation for item in parameters}
         del run.__wrapped__  # typer would read the annotations behind it
         return run
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -141,7 +141,7 @@ def _params(record: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
         raise ParameterError("stop", f"must be a string or a list of strings, got {_kind(own['stop'])}")
     if "stop_token_ids" in own and not isinstance(own["stop_token_ids"], list | None):
         raise ParameterError("stop_token_ids", f"must be a list of token ids, got {_kind(own['stop_token_ids'])}")
-    return replace(defaults, **own)
+    return defaults.replaced(**own)
 
 
 def _check_prompt(value: Any) -> None:

@@ -15,7 +15,9 @@ from liushui.config import EngineConfig
 if TYPE_CHECKING:
     from liushui.engine.verify import Verdict
 
-FIXED = frozenset({"model", "policy", "prefix_caching", "max_num_seqs", "max_num_batched_tokens", "seed"})
+FIXED = frozenset(
+    {"model", "policy", "prefix_caching", "max_num_seqs", "max_num_batched_tokens", "seed", "generation_config"}
+)
 """Settings that the matrix itself varies."""
 
 

@@ -77,7 +77,7 @@ class Comparison:
 def diff(llm: LLM, peer: Peer, questions: Sequence[Question], max_tokens: int, limits: Limits) -> Iterator[Comparison]:
     """Compare greedy answers. The peer reads each of ours once: up to the first difference both would say the same."""
     prompts = [_prompt(llm, question) for question in questions]
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1).giving(SamplingParams.names())
     for output in llm.generate(prompts, params, use_tqdm=False):
         question = questions[output.index]
         if output.error is not None:

@@ -12,7 +12,7 @@ raises. The sequences concerned end with `FinishReason.ERROR` and a message, all
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple, Protocol
 
@@ -79,9 +79,11 @@ class Engine:
         vocab_size: int,
         depth: int = 0,
         log_limit: int | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
     ) -> None:
         """`clock`: seconds, monotonic. `vocab_size`: token ids the model knows. `depth`: steps kept in flight while
-        the next one is planned. `log_limit`: events and steps the log keeps; None: all."""
+        the next one is planned. `log_limit`: events and steps the log keeps; None: all.
+        `sampling_defaults`: fields of SamplingParams for requests that leave them open."""
         pool = scheduler.pool
         self.scheduler = scheduler
         self.executor = executor
@@ -96,6 +98,7 @@ class Engine:
             bos_token_id=tokenizer.bos_token_id,
             truncation_side=config.truncation_side,
             seed=config.seed,
+            sampling_defaults=sampling_defaults,
         )
         house = House(config.policy, config.max_num_seqs, pool.num_blocks, pool.block_size)
         self.log = EventLog(house, limit=log_limit)

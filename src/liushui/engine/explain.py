@@ -232,7 +232,7 @@ def packed_run(llm: LLM, prompts: Sequence[list[int]], max_tokens: int, tokens: 
     outputs: dict[int, RequestOutput] = {}
     with _observed(llm, tokens) as observer:
         for index, ids in enumerate(prompts):
-            params = SamplingParams(temperature=0, max_tokens=max_tokens)
+            params = SamplingParams(temperature=0, max_tokens=max_tokens).giving(SamplingParams.names())
             engine.add_request(ids, params, index=index, request_id=f"explain-{index}")
         while engine.has_unfinished:
             outputs.update((found.index, found) for found in engine.step() if isinstance(found, RequestOutput))

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from liushui.config import Side
 from liushui.core.request import Request, SamplingParams
+from liushui.engine.outputs import EffectiveParams, Source
 from liushui.errors import CapacityError, ParameterError
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -59,12 +60,24 @@ class Prepared:
     truncated_tokens: int = 0
     stream: bool = False
     """Whether deltas are wanted besides the final output."""
+    suggested: frozenset[str] = frozenset()
+    """Parameters that the request left open and the model's files filled in."""
 
-    def effective_params(self) -> dict[str, Any]:
-        """Every sampling parameter as it is used."""
-        request = self.request
-        params = {name: getattr(request.sampling, name) for name in SamplingParams.names()}
-        return params | {"seed": request.seed, "max_tokens": request.max_tokens}
+    def effective_params(self) -> EffectiveParams:
+        """Every sampling parameter as it is used, and where it comes from."""
+        request, params = self.request, self.request.sampling
+        values = {name: getattr(params, name) for name in SamplingParams.names()}
+        sources: dict[str, Source] = {name: self._source(name) for name in values}
+        if params.seed is None and not params.greedy:
+            sources["seed"] = "drawn"
+        if params.max_tokens is None:
+            sources["max_tokens"] = "fitted"
+        return EffectiveParams(values | {"seed": request.seed, "max_tokens": request.max_tokens}, sources)
+
+    def _source(self, name: str) -> Source:
+        if name in self.request.sampling.given:
+            return "request"
+        return "generation_config" if name in self.suggested else "default"
 
 
 class InputProcessor:
@@ -79,8 +92,11 @@ class InputProcessor:
         bos_token_id: int | None = None,
         truncation_side: Side = "left",
         seed: int | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
     ) -> None:
+        """`sampling_defaults`: fields of `SamplingParams` for requests that leave them open."""
         self.limits = limits
+        self.sampling_defaults = dict(sampling_defaults or {})
         self._encoder = encoder
         self._eos = frozenset(eos_token_ids)
         self._bos = bos_token_id
@@ -107,6 +123,7 @@ class InputProcessor:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ParameterError("sampling_params", f"must be SamplingParams, got {type(params).__name__}")
+        params = self.filled(params)
         if request_id is not None and (not isinstance(request_id, str) or not request_id or "/" in request_id):
             raise ParameterError("request_id", f"must be a non-empty string without '/', got {request_id!r}")
         text, ids = self._token_ids(prompt)
@@ -126,7 +143,16 @@ class InputProcessor:
             cache_salt=cache_salt,
             prompt_logprobs_from=prompt_logprobs_from,
         )
-        return Prepared(request, index, text, len(ids) - len(kept), stream)
+        suggested = frozenset(self.sampling_defaults) - params.given
+        return Prepared(request, index, text, len(ids) - len(kept), stream, suggested)
+
+    def filled(self, params: SamplingParams) -> SamplingParams:
+        """What `params` leave open, as the model's files suggest it, if that was asked for."""
+        try:
+            return params.filled(self.sampling_defaults)
+        except ParameterError as error:
+            message = f"{str(error)[len(error.field) + 2 :]} (generation_config fills in what is not given)"
+            raise ParameterError(error.field, message) from None
 
     def _token_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """(text or None, token ids) of any form of prompt."""

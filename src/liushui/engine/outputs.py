@@ -1,10 +1,28 @@
 """What comes back: results, stream deltas, timings. Names and shapes as in vLLM where it has them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from liushui.core.request import FinishReason
+
+Source = Literal["request", "generation_config", "default", "drawn", "fitted"]
+"""Where a parameter comes from: named by the request, suggested by the model's files, the default of `SamplingParams`
+(or of the command), drawn by the engine (a seed), or as much as fits (max_tokens None)."""
+
+
+class EffectiveParams(dict[str, Any]):
+    """Sampling parameter -> the value that was used; `sources`: parameter -> where that came from."""
+
+    def __init__(
+        self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), sources: Mapping[str, Source] | None = None
+    ) -> None:
+        super().__init__(values)
+        self.sources: dict[str, Source] = dict(sources or {})
+
+    def explained(self) -> dict[str, dict[str, Any]]:
+        """{"temperature": {"value": 0.6, "source": "generation_config"}, ...}."""
+        return {name: {"value": value, "source": self.sources.get(name)} for name, value in self.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +119,9 @@ class RequestOutput:
     """Prompt tokens found in the prefix cache."""
     truncated_tokens: int = 0
     """Prompt tokens cut off by truncate_prompt_tokens."""
-    effective_params: Mapping[str, Any] = field(default_factory=dict)
-    """Every sampling parameter as it was used: drawn seed and resolved max_tokens included."""
+    effective_params: EffectiveParams = field(default_factory=EffectiveParams)
+    """Every sampling parameter as it was used, drawn seed and resolved max_tokens included; `.sources` says where each
+    came from."""
     error: str | None = None
     """Why it was refused or could not go on; the other fields hold what there is."""
     error_code: str | None = None

@@ -10,8 +10,8 @@ from liushui.engine.inputs import Prompt
 from liushui.engine.outputs import RequestOutput
 from liushui.errors import ParameterError
 
-SCORING = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-"""The text is a prompt; the one token that follows it is dropped."""
+SCORING = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0).giving(SamplingParams.names())
+"""The text is a prompt; the one token that follows it is dropped. The model's own defaults have no say."""
 
 
 class ScoreTokenizer(Protocol):

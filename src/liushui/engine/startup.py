@@ -12,22 +12,9 @@ from liushui.core.blocks import BlockPool
 from liushui.core.plan import Executor
 from liushui.core.scheduler import Scheduler
 from liushui.engine.engine import Engine
+from liushui.engine.suggestions import Suggestions
 from liushui.engine.tokenizer import Tokenizer
 from liushui.errors import ParameterError
-
-_SAMPLING_KEYS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "num_beams",
-    "max_length",
-    "max_new_tokens",
-)
-"""What a generation_config.json says about sampling. It is reported, and not applied."""
 
 
 class Phases:
@@ -84,7 +71,7 @@ def report(
         f"batch: {config.policy}, up to {config.max_num_seqs} sequences and {config.max_num_batched_tokens:,} tokens "
         f"a step, max_model_len {runner.max_model_len:,}, prefix caching {'on' if config.prefix_caching else 'off'}",
         prompt_line(tokenizer, config.chat_template),
-        generation_line(checkpoint.generation_config),
+        Suggestions.read(checkpoint.generation_config).line(config.generation_config),
         phases.line(),
     ]
 
@@ -97,15 +84,6 @@ def prompt_line(tokenizer: Tokenizer, template_file: str | None = None) -> str:
     if tokenizer.template_hash is not None:
         template = f"chat template {tokenizer.template_hash} from {template_file or 'the model'}"
     return f"prompts: {bos}; answers end with {ends}; {template}"
-
-
-def generation_line(generation_config: Mapping[str, Any]) -> str:
-    """Sampling defaults that the model's files suggest."""
-    found = {key: generation_config[key] for key in _SAMPLING_KEYS if generation_config.get(key) is not None}
-    if not found:
-        return "sampling: SamplingParams as given (the model's files suggest nothing else)"
-    suggested = ", ".join(f"{key}={value}" for key, value in found.items())
-    return f"sampling: SamplingParams as given; not applied, though the model's files suggest it: {suggested}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +109,19 @@ def load(config: EngineConfig) -> Loaded:
         from liushui.runner.runner import Runner
     with phases("weights and KV cache"):
         runner = Runner.load(config, checkpoint)
-    engine = join(config, runner, tokenizer)
+    suggested = Suggestions.read(checkpoint.generation_config)
+    engine = join(config, runner, tokenizer, suggested.checked() if config.generation_config == "auto" else None)
     phases.close()
     return Loaded(engine, tokenizer, report(config, checkpoint, tokenizer, runner, phases))
 
 
-def join(config: EngineConfig, runner: RunnerFacts, tokenizer: Tokenizer) -> Engine:
-    """Scheduler, runner and tokenizer as one engine."""
+def join(
+    config: EngineConfig,
+    runner: RunnerFacts,
+    tokenizer: Tokenizer,
+    sampling_defaults: Mapping[str, Any] | None = None,
+) -> Engine:
+    """Scheduler, runner and tokenizer as one engine. `sampling_defaults`: for what requests leave open."""
     scheduler = Scheduler(
         BlockPool(runner.num_blocks, runner.block_size),
         max_num_seqs=config.max_num_seqs,
@@ -147,7 +131,15 @@ def join(config: EngineConfig, runner: RunnerFacts, tokenizer: Tokenizer) -> Eng
         prefix_caching=config.prefix_caching,
     )
     depth = getattr(runner, "depth", 0)
-    return Engine(config, scheduler, runner, tokenizer, vocab_size=runner.vocab_size, depth=depth)
+    return Engine(
+        config,
+        scheduler,
+        runner,
+        tokenizer,
+        vocab_size=runner.vocab_size,
+        depth=depth,
+        sampling_defaults=sampling_defaults,
+    )
 
 
 def _template(config: EngineConfig) -> str | None:

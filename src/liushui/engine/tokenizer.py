@@ -1,7 +1,7 @@
 """A model's tokenizer as the engine uses it: text to ids and back, the end tokens, the chat template.
 
-The only home of BOS: `encode` puts it in front exactly once, where the model's files ask for it, whether or not the
-text (a rendered chat template, say) begins with it already.
+The only home of BOS: `encode` puts it in front where the model's files ask for it, `chat` leaves it to the template.
+However many the text, the template and the user's words begin with, one is left. (Token ids are taken as they are.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,9 +66,13 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ParameterError("prompt", f"is not valid Unicode: {error.reason} at {error.start}") from error
         ids: list[int] = self.raw.encode(text, add_special_tokens=False).ids
-        if add_special_tokens and self.add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
-            return [self.bos_token_id, *ids]
+        if add_special_tokens and self.add_bos and self.bos_token_id is not None:
+            return [self.bos_token_id, *ids[self._num_bos(ids) :]]
         return ids
+
+    def _num_bos(self, ids: Sequence[int]) -> int:
+        """How many BOS `ids` begin with."""
+        return next((i for i, token in enumerate(ids) if token != self.bos_token_id), len(ids))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids without a token have none. Bytes that are not UTF-8 become U+FFFD."""
@@ -129,6 +133,7 @@ class Tokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[int]]:
         """(text, token ids) of a conversation. What the template writes is all there is: it begins with BOS where it
-        writes BOS, as in transformers."""
+        writes BOS, as in transformers, but never with two."""
         text = self._rendered(messages, add_generation_prompt, template_kwargs or {})
-        return text, self.encode(text, add_special_tokens=False)
+        ids = self.encode(text, add_special_tokens=False)
+        return text, ids[max(self._num_bos(ids) - 1, 0) :]

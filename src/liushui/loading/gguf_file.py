@@ -23,6 +23,8 @@ _SAMPLING = {
     "top_p": "top_p",
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
+    "mirostat": "mirostat",
+    "xtc_probability": "xtc_probability",
 }
 
 
