@@ -58,7 +58,14 @@ class Draft:
         seq.num_cached = num_cached
         request = seq.request
         self.new.append(
-            NewSequence(seq.seq_id, request.prompt_token_ids, request.sampling, seq.seed, seq.stop_token_ids)
+            NewSequence(
+                seq.seq_id,
+                request.prompt_token_ids,
+                request.sampling,
+                seq.seed,
+                seq.stop_token_ids,
+                request.prompt_logprobs_from,
+            )
         )
 
     def plan(self, step_id: int, dropped: tuple[str, ...], preempted: tuple[str, ...]) -> StepPlan:

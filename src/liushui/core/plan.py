@@ -18,6 +18,16 @@ class NewSequence:
     seed: int
     stop_token_ids: frozenset[int]
     """End-of-sequence and stop tokens: not to be chosen before `min_tokens`."""
+    prompt_logprobs_from: int = 0
+    """First position whose prompt log-probabilities are wanted, if any are."""
+
+    def prompt_rows(self, start: int, count: int) -> range:
+        """Of `count` positions fed from `start` on, those that predict a prompt token whose log-probability is wanted
+        (position p predicts the token at p + 1)."""
+        if self.sampling.prompt_logprobs is None:
+            return range(0)
+        first = max(start, self.prompt_logprobs_from - 1)
+        return range(first, max(first, min(start + count, len(self.prompt_token_ids) - 1)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -255,17 +255,16 @@ class DeviceSteps:
         row = 0
         for item in plan.items:
             new = states[item.seq_id].new
-            last = min(item.start + item.num_tokens, len(new.prompt_token_ids) - 1)
-            if new.sampling.prompt_logprobs is not None and item.start < last:
+            if rows := new.prompt_rows(item.start, item.num_tokens):
                 pieces = found.setdefault(item.seq_id, [])
-                for start in range(item.start, last, _PROMPT_ROWS):
-                    ids = list(new.prompt_token_ids[start + 1 : min(start + _PROMPT_ROWS, last) + 1])
+                for start in rows[::_PROMPT_ROWS]:
+                    ids = list(new.prompt_token_ids[start + 1 : min(start + _PROMPT_ROWS, rows.stop) + 1])
                     first = row + start - item.start
                     at = torch.arange(first, first + _PROMPT_ROWS, device=self.device).clamp(max=len(out.hidden) - 1)
                     tokens = torch.zeros(_PROMPT_ROWS, dtype=torch.int32)
                     tokens[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
                     logits = self.model.logits(out.hidden[at])[: len(ids)]
-                    wanted = [new.sampling.prompt_logprobs] * len(ids)
+                    wanted = [new.sampling.prompt_logprobs or 0] * len(ids)
                     piece = self._measure(logits, tokens[: len(ids)].to(self.device), [], wanted)
                     pieces.append((start + 1, ids, piece))
             row += item.num_tokens

@@ -94,6 +94,8 @@ class Runner:
                 model = build(checkpoint.config, weights, policy, longest)
         finally:
             weights.close()
+        if ops.name == "native":
+            ops.share_threads(with_torch=policy.uses_vendor)  # type: ignore[attr-defined]
         free = hardware.free_gpu_bytes(device, reserve) if on_gpu else hardware.free_memory_bytes()
         plan = plan_kv(config, shape, dtype, free, on_gpu=on_gpu)
         notes = [
@@ -134,7 +136,7 @@ class Runner:
         prompt_logprobs = {
             item.seq_id: self._prompt_logprobs(item, hidden[first:last])
             for item, first, last in zip(plan.items, starts, starts[1:], strict=False)
-            if self._wants_prompt_logprobs(item)
+            if self.states[item.seq_id].new.prompt_rows(item.start, item.num_tokens)
         }
         sampling = [(item, last - 1) for item, last in zip(plan.items, starts[1:], strict=True) if item.samples]
         result = self._sample(sampling, hidden) if sampling else StepResult(tokens={})
@@ -161,18 +163,13 @@ class Runner:
             self.last_tokens[item.seq_id] = chosen[i]
         return StepResult(tokens, logprobs, errors=errors)
 
-    def _wants_prompt_logprobs(self, item: PlanItem) -> bool:
-        new = self.states[item.seq_id].new
-        return new.sampling.prompt_logprobs is not None and item.start < len(new.prompt_token_ids) - 1
-
     def _prompt_logprobs(self, item: PlanItem, hidden: torch.Tensor) -> list[tuple[int, TokenLogprobs]]:
         """The row at position p predicts the prompt's token at p + 1."""
         new = self.states[item.seq_id].new
-        last = min(item.start + item.num_tokens, len(new.prompt_token_ids) - 1)
-        top = new.sampling.prompt_logprobs or 0
+        rows, top = new.prompt_rows(item.start, item.num_tokens), new.sampling.prompt_logprobs or 0
         found = []
-        for begin in range(item.start, last, _LOGIT_ROWS):
-            end = min(begin + _LOGIT_ROWS, last)
+        for begin in rows[::_LOGIT_ROWS]:
+            end = min(begin + _LOGIT_ROWS, rows.stop)
             logits = self.model.logits(hidden[begin - item.start : end - item.start]).float()
             for position, line in zip(range(begin, end), logits, strict=True):
                 found.append((position + 1, token_logprobs(line, new.prompt_token_ids[position + 1], top)))
