@@ -46,7 +46,7 @@ def _answers(runner: Any, steps: int) -> tuple[dict, list]:
     """Four mixed requests, prompts in chunks beside decoding."""
     driver = tiny.Driver(runner)
     for i, (prompt, params) in enumerate(zip(_prompts(4), PARAMS, strict=True)):
-        driver.add(str(i), prompt, params, seed=i)
+        driver.add(str(i), prompt, params, seed=i, logprobs_from=i * 2)
     results = [driver.step({"0": 1, "1": 9, "2": 20}), driver.step({"0": 1, "1": 1, "2": 13, "3": 20})]
     results += [driver.step({str(i): 1 for i in range(4)}) for _ in range(steps)]
     return driver.ids, results
@@ -65,6 +65,7 @@ def test_same_answers_as_the_processor(family: str) -> None:
             assert got.logprobs[seq_id][0].logprob == pytest.approx(found[0].logprob, abs=2e-3)
             assert got.logprobs[seq_id][0].rank == found[0].rank
         assert got.prompt_logprobs.keys() == wanted.prompt_logprobs.keys()
+        assert all(position >= 6 for pairs in got.prompt_logprobs.values() for position, _ in pairs)
         for seq_id, pairs in wanted.prompt_logprobs.items():
             assert [position for position, _ in got.prompt_logprobs[seq_id]] == [position for position, _ in pairs]
             for (_, a), (_, b) in zip(got.prompt_logprobs[seq_id], pairs, strict=True):

@@ -154,10 +154,12 @@ class Driver:
         self.steps = 0
         self.fresh: list[NewSequence] = []
 
-    def add(self, name: str, ids: list[int], sampling: SamplingParams | None = None, seed: int = 0) -> None:
+    def add(
+        self, name: str, ids: list[int], sampling: SamplingParams | None = None, seed: int = 0, logprobs_from: int = 0
+    ) -> None:
         self.ids[name], self.tables[name], self.computed[name] = list(ids), [], 0
         sampling = sampling or SamplingParams(temperature=0, logprobs=0)
-        self.fresh.append(NewSequence(name, tuple(ids), sampling, seed, frozenset()))
+        self.fresh.append(NewSequence(name, tuple(ids), sampling, seed, frozenset(), logprobs_from))
 
     def forget_cache(self, name: str) -> None:
         """Preempt: the sequence must be computed again, in other blocks."""
