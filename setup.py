@@ -48,7 +48,7 @@ def build_library(target: Path, objects: Path) -> None:
         raise BuildFailed(f"not supported on {sys.platform} yet")
     compiler = find_compiler()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    jobs = [("library.cpp", "library", [])]
+    jobs = [(f"{name}.cpp", name, []) for name in ("library", "threads")]
     for isa, flags in (X86_64 if x86 else {"generic": []}).items():
         jobs.append(("kernels.cpp", f"kernels-{isa}", [*flags, f"-DLS_ISA={isa}"]))
     objects.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,5 @@
 """Which implementation is taken, and what is said about it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,28 +55,3 @@ def test_unknown_instruction_set_is_refused() -> None:
 def test_what_raw_pointers_must_not_see_is_refused(tensor: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="native kernels take"):
         load_ops("native", 1).rms_norm(tensor, torch.ones(2), 1e-6)
-
-
-@needs_native
-def test_own_threads_serve_without_openmp_and_after_a_fork() -> None:
-    """In a process of its own: the choice of threads is made once per process."""
-    script = """
-import os, torch
-from liushui.kernels import native
-torch.set_num_threads(1)  # torch's own threads do not survive a fork
-native._torch_openmp = lambda: None
-from liushui.kernels.ops import load_ops
-x = torch.randn(64, 2000)
-one, two = load_ops("native", 1), load_ops("native", 3)
-assert "own pool" in two.note
-expected = one.gelu_new(x)
-for _ in range(50):
-    assert torch.equal(two.gelu_new(x), expected)
-child = os.fork()
-if not child:
-    os._exit(0 if torch.equal(two.gelu_new(x), expected) else 1)
-assert os.waitpid(child, 0)[1] == 0
-assert torch.equal(two.gelu_new(x), expected)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """The operations in C++ (kernels/cpu), called with raw pointers through ctypes.
 
 Each output element is formed by one thread in one order of operations, whatever the batch, so the promise of `Ops`
-holds by construction. The work runs on the threads of torch's own OpenMP runtime where that can be found.
+holds by construction.
 """
 
 import ctypes
@@ -41,8 +41,8 @@ class NativeUnavailableError(Exception):
 
 
 @cache
-def _library() -> tuple[ctypes.CDLL, bool]:
-    """The library, and whether it runs on torch's threads. Raises `NativeUnavailableError`."""
+def _library() -> ctypes.CDLL:
+    """The library. Raises `NativeUnavailableError`."""
     folder = Path(__file__).parent
     found = [path for path in (folder / "_cpu.so", folder / "_cpu.dylib") if path.exists()]
     if not found:
@@ -54,11 +54,8 @@ def _library() -> tuple[ctypes.CDLL, bool]:
         library.liushui_supports.argtypes = [c_char_p]
     except (OSError, AttributeError) as error:
         raise NativeUnavailableError(f"cannot be loaded ({error})") from None
-    parallel = _torch_openmp()
-    if parallel is not None:
-        library.liushui_use_openmp.argtypes = [c_void_p]
-        library.liushui_use_openmp(parallel)
-    return library, parallel is not None
+    library.liushui_use_openmp.argtypes = [c_void_p]
+    return library
 
 
 def _torch_openmp() -> int | None:
@@ -89,19 +86,26 @@ class NativeOps:
     name = "native"
 
     def __init__(self, threads: int, isa: str | None = None) -> None:
-        library, shared_pool = _library()
+        library = _library()
         usable = [name for name in INSTRUCTION_SETS if library.liushui_supports(name.encode())]
         usable = [name for name in usable if hasattr(library, f"liushui_norm_{name}")]
         if not usable or (isa is not None and isa not in usable):
             raise NativeUnavailableError(f"no code for this processor ({isa or 'any'}; it has {', '.join(usable)})")
         self.isa = isa or usable[0]
         self.threads = threads
-        pool = "torch's" if shared_pool else "own"
-        self.note = f"native kernels: {self.isa}, {threads} thread{'s' if threads > 1 else ''} ({pool} pool)"
+        self.note = f"native kernels: {self.isa}, {threads} thread{'s' if threads > 1 else ''}"
         functions = {name: self._function(library, name) for name in _ARGUMENTS}
         self._norm, self._activation = functions["norm"], functions["activation"]
         self._to_cache, self._attention = functions["to_cache"], functions["attention"]
         self.products = NativeProducts(library, self.isa, threads)
+
+    @staticmethod
+    def share_threads(*, with_torch: bool) -> None:
+        """Whether operations called one by one run on torch's threads, in this process, from now on.
+
+        For models part of whose work is torch's own, so that two pools do not fight for the same cores.
+        """
+        _library().liushui_use_openmp(_torch_openmp() if with_torch else None)
 
     def _function(self, library: ctypes.CDLL, name: str) -> Any:
         function = library[f"liushui_{name}_{self.isa}"]  # an own object, not the shared attribute

@@ -51,5 +51,10 @@ class KernelPolicy:
         certificate = self._certificates.setdefault(key, RowCertificate())
         return CertifiedLinear(weight, bias, certificate)
 
+    @property
+    def uses_vendor(self) -> bool:
+        """Whether a product of those chosen so far is the vendor's."""
+        return any(kind.startswith("vendor") for kind in self._linear_kinds)
+
     def describe(self) -> str:
         return f"{self.numerics} numerics: {self.ops.name} kernels, " + ", ".join(sorted(self._linear_kinds))

@@ -1,8 +1,7 @@
-// Threads, scratch memory, the choice of instruction set and the cutting of attention into tasks. Compiled for
-// the baseline of the architecture.
+// Scratch memory, the choice of instruction set and the cutting of attention into tasks. Compiled for the baseline of
+// the architecture.
 #include "library.h"
 
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #if defined(__linux__)
@@ -10,114 +9,12 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <mutex>
-#include <new>
-#include <thread>
 #include <vector>
 
 #define LS_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace liushui {
 namespace {
-
-struct Job {
-  void (*body)(void*, long);
-  void* context;
-  long tasks;
-  std::atomic<long> next{0};
-};
-
-void run_share(void* pointer) {
-  Job& job = *static_cast<Job*>(pointer);
-  for (long task; (task = job.next.fetch_add(1, std::memory_order_relaxed)) < job.tasks;) job.body(job.context, task);
-}
-
-// void GOMP_parallel(fn, data, num_threads, flags) of the OpenMP runtime that torch has loaded: its threads are
-// then ours too, instead of two pools that fight for the same cores.
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-GompParallel gomp_parallel = nullptr;
-
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// The pool for where there is none to share. Whoever waits looks for a short while (a step is many jobs in a row),
-// then sleeps.
-class Pool {
- public:
-  void run(int threads, Job& job) {
-    std::lock_guard<std::mutex> one_at_a_time(callers_);
-    while (static_cast<int>(workers_.size()) < threads - 1) {
-      const int index = static_cast<int>(workers_.size());
-      const uint64_t seen = generation_.load();
-      workers_.emplace_back([this, index, seen] { work(index, seen); });
-    }
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      job_ = &job;
-      wanted_ = threads - 1;
-      running_.store(static_cast<int>(workers_.size()));  // all take note of a job, `wanted_` of them work on it
-      generation_.fetch_add(1);
-    }
-    wake_.notify_all();
-    run_share(&job);
-    wait(done_, [this] { return running_.load() == 0; });
-  }
-
- private:
-  template <class Condition>
-  void wait(std::condition_variable& signal, Condition condition) {
-    for (int i = 0; i < 4000; i++) {
-      if (condition()) return;
-      relax();
-    }
-    std::unique_lock<std::mutex> lock(mutex_);
-    signal.wait(lock, condition);
-  }
-
-  void work(int index, uint64_t seen) {
-    for (;;) {
-      wait(wake_, [&] { return generation_.load() != seen; });
-      seen++;
-      if (index < wanted_) run_share(job_);
-      if (running_.fetch_sub(1) == 1) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        done_.notify_one();
-      }
-    }
-  }
-
-  std::mutex callers_, mutex_;
-  std::condition_variable wake_, done_;
-  std::vector<std::thread> workers_;
-  Job* job_ = nullptr;
-  int wanted_ = 0;
-  std::atomic<int> running_{0};
-  std::atomic<uint64_t> generation_{0};
-};
-
-std::atomic<Pool*> pool{nullptr};
-
-// Never freed: workers may sleep in it at exit. After a fork the child has no workers, so it starts a new pool.
-Pool& the_pool() {
-  Pool* current = pool.load();
-  if (!current) {
-    static std::once_flag registered;
-    std::call_once(registered, [] { pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); }); });
-    Pool* made = new Pool;
-    if (pool.compare_exchange_strong(current, made))
-      current = made;
-    else
-      delete made;
-  }
-  return *current;
-}
 
 struct Buffers {
   void* data[kSlots] = {};
@@ -130,21 +27,6 @@ struct Buffers {
 thread_local Buffers buffers;
 
 }  // namespace
-
-void parallel(int threads, long tasks, void (*body)(void*, long), void* context) {
-  if (threads <= 1 || tasks <= 1) {
-    for (long task = 0; task < tasks; task++) body(context, task);
-    return;
-  }
-  Job job;
-  job.body = body;
-  job.context = context;
-  job.tasks = tasks;
-  if (gomp_parallel)
-    gomp_parallel(run_share, &job, static_cast<unsigned>(threads), 0);
-  else
-    the_pool().run(threads, job);
-}
 
 void* scratch(Slot slot, size_t bytes) {
   Buffers& own = buffers;
@@ -233,8 +115,4 @@ LS_EXPORT int liushui_supports(const char* isa) {
   if (!strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return !strcmp(isa, "generic");
-}
-
-LS_EXPORT void liushui_use_openmp(void* function) {
-  liushui::gomp_parallel = reinterpret_cast<liushui::GompParallel>(function);
 }

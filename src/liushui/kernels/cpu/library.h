@@ -6,6 +6,14 @@
 
 namespace liushui {
 
+// Calls body(context, worker, workers) on several threads at once, the caller among them as worker 0. `workers` is
+// `threads`, or fewer where no more can be had; 1 for a region within a region.
+using RegionBody = void (*)(void* context, int worker, int workers);
+void region(int threads, RegionBody body, void* context);
+
+// Within a region: returns when all of its `workers` have come here.
+void barrier(int workers);
+
 // Calls body(context, task) once for every task in [0, tasks), on up to `threads` threads, in any order.
 void parallel(int threads, long tasks, void (*body)(void*, long), void* context);
 
