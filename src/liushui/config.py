@@ -1,6 +1,6 @@
 """Every setting, once. Command-line flags are generated from these fields."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from liushui.errors import ParameterError
@@ -26,10 +26,10 @@ class EngineConfig:
     """Arithmetic and KV cache: bfloat16 where the hardware has it, else float32."""
     max_model_len: int | None = None
     """Longest prompt + answer in tokens. Default: what the model and the KV cache allow."""
-    max_num_seqs: int = 64
-    """Most sequences in the batch at once."""
-    max_num_batched_tokens: int = 512
-    """Most tokens fed in one step; longer prompts enter in chunks."""
+    max_num_seqs: int | None = None
+    """Most sequences in the batch at once. Default: 64, on a GPU 256."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens fed in one step; longer prompts enter in chunks. Default: 512, on a GPU 8192."""
     policy: Policy = "continuous"
     """continuous: enter and leave at every step. static: gather, enter together, leave together."""
     kv_cache_gib: float | None = None
@@ -64,7 +64,7 @@ class EngineConfig:
                 raise ParameterError(name, f"must be a positive integer, got {value!r}")
         if self.block_size is not None and (self.block_size & (self.block_size - 1) or self.block_size > 256):
             raise ParameterError("block_size", f"must be a power of two up to 256, got {self.block_size}")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if None not in (self.max_num_seqs, self.max_num_batched_tokens) and self.step_tokens < self.seats:
             raise ParameterError(
                 "max_num_batched_tokens",
                 f"must be at least max_num_seqs ({self.max_num_seqs}), so that every sequence can advance in "
@@ -75,9 +75,31 @@ class EngineConfig:
             raise ParameterError("kv_cache_gib", f"must be a positive number of GiB, got {gib!r}")
         return self
 
+    def settled(self, on_gpu: bool) -> "EngineConfig":
+        """With the batch's defaults for the device put in; of two sizes, the one given bounds the other."""
+        seats, tokens = _GPU_BATCH if on_gpu else _CPU_BATCH
+        seats = self.max_num_seqs or min(seats, self.max_num_batched_tokens or seats)
+        return replace(
+            self, max_num_seqs=seats, max_num_batched_tokens=self.max_num_batched_tokens or max(tokens, seats)
+        )
+
+    @property
+    def seats(self) -> int:
+        """`max_num_seqs`, on a processor if it is not settled yet."""
+        return self.max_num_seqs or self.settled(False).max_num_seqs or 0
+
+    @property
+    def step_tokens(self) -> int:
+        """`max_num_batched_tokens`, on a processor if it is not settled yet."""
+        return self.max_num_batched_tokens or self.settled(False).max_num_batched_tokens or 0
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in fields(cls))
+
+
+_CPU_BATCH, _GPU_BATCH = (64, 512), (256, 8192)
+"""Sequences in a batch, tokens in a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

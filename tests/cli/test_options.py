@@ -100,5 +100,5 @@ def test_errors_name_the_flag(args, words):
 
 
 def test_docstrings_of_fields_are_read_from_the_source():
-    assert field_docs(EngineConfig)["max_num_seqs"] == "Most sequences in the batch at once."
+    assert field_docs(EngineConfig)["prefix_caching"] == "Reuse the KV blocks of prompts that begin alike."
     assert field_docs(SamplingParams)["temperature"] == "0 is greedy."

@@ -59,3 +59,17 @@ def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
     with pytest.raises(CapacityError, match=r"2\.0 GiB|0\.0 GiB") as caught:
         check_weights_fit(checkpoint, torch.bfloat16, 2 * 2**20, 2**19)
     assert caught.value.field == "device"
+
+
+def test_the_batch_of_the_device() -> None:
+    """Of two sizes the one that is given bounds the other; both given stay as they are."""
+
+    def batch(on_gpu: bool, **settings: int) -> tuple[int | None, int | None]:
+        settled = EngineConfig(**settings).validate().settled(on_gpu)
+        return settled.max_num_seqs, settled.max_num_batched_tokens
+
+    assert batch(False) == (64, 512) == (EngineConfig().seats, EngineConfig().step_tokens)
+    assert batch(True) == (256, 8192)
+    assert batch(False, max_num_seqs=1000) == (1000, 1000)
+    assert batch(True, max_num_batched_tokens=100) == (100, 100)
+    assert batch(True, max_num_seqs=3, max_num_batched_tokens=7) == (3, 7)

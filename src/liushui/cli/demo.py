@@ -51,14 +51,14 @@ def demo(
     """
     path = prompts or Path(str(SHIPPED))
     out.mkdir(parents=True, exist_ok=True)
-    note(f"Part 1: continuous batching. Whoever is done leaves; the next sits down. {config.max_num_seqs} seats.")
+    note(f"Part 1: continuous batching. Whoever is done leaves; the next sits down. {config.seats} seats.")
     flowing = run(replace(config, policy="continuous"), path, out, report=True)
     show_answers(flowing)
-    note(f"\nPart 2: the same prompts in static batches: {config.max_num_seqs} enter together and leave together.")
+    note(f"\nPart 2: the same prompts in static batches: {config.seats} enter together and leave together.")
     static = run(replace(config, policy="static"), path, out, report=False)
     print(table(static.summary, flowing.summary))
     same = compare(static, flowing)
-    picture = save_picture(static, flowing, out, config.max_num_seqs)
+    picture = save_picture(static, flowing, out, config.seats)
     note(f"\nanswers: {out}/continuous.jsonl and {out}/static.jsonl" + (f"\npicture: {picture}" if picture else ""))
     raise typer.Exit(0 if same and not flowing.errors and not static.errors else 1)
 

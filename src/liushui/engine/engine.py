@@ -100,7 +100,7 @@ class Engine:
             seed=config.seed,
             sampling_defaults=sampling_defaults,
         )
-        house = House(config.policy, config.max_num_seqs, pool.num_blocks, pool.block_size)
+        house = House(config.policy, config.seats, pool.num_blocks, pool.block_size)
         self.log = EventLog(house, limit=log_limit)
         self.num_output_tokens = 0
         """Of all answers since the start."""

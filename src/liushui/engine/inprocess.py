@@ -78,7 +78,7 @@ class InProcessEngine:
     @classmethod
     def load(cls, config: EngineConfig, served_names: tuple[str, ...] = ()) -> "InProcessEngine":
         loaded = load(config)
-        return cls.around(loaded.engine, loaded.tokenizer, config, served_names, tuple(loaded.report))
+        return cls.around(loaded.engine, loaded.tokenizer, loaded.config, served_names, tuple(loaded.report))
 
     @classmethod
     def around(
@@ -94,7 +94,7 @@ class InProcessEngine:
             model=config.model,
             served_names=served_names or (config.model,),
             limits=engine.inputs.limits,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=config.seats,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_ids=tokenizer.eos_token_ids,
             add_bos=tokenizer.add_bos,

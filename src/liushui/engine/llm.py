@@ -41,7 +41,7 @@ class LLM:
         is unknown or cannot be honoured, `ModelError` for a model that cannot be read."""
         config = _config(model, config, settings)
         loaded = load(config)
-        self._init(loaded.engine, loaded.tokenizer, config, loaded.report)
+        self._init(loaded.engine, loaded.tokenizer, loaded.config, loaded.report)
 
     @classmethod
     def from_engine(
@@ -224,7 +224,7 @@ class LLM:
         mine: set[str] = set()
         more = True
         failure: Exception | None = None
-        window = _WINDOW * self.config.max_num_seqs
+        window = _WINDOW * self.config.seats
         try:
             while more or mine or box:
                 while more and len(box) < window and self.engine.scheduler.num_waiting < window:

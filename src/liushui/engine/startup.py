@@ -68,7 +68,7 @@ def report(
     return [
         f"{config.model}: {checkpoint.describe()}",
         *runner.notes,
-        f"batch: {config.policy}, up to {config.max_num_seqs} sequences and {config.max_num_batched_tokens:,} tokens "
+        f"batch: {config.policy}, up to {config.seats} sequences and {config.step_tokens:,} tokens "
         f"a step, max_model_len {runner.max_model_len:,}, prefix caching {'on' if config.prefix_caching else 'off'}",
         prompt_line(tokenizer, config.chat_template),
         Suggestions.read(checkpoint.generation_config).line(config.generation_config),
@@ -92,6 +92,8 @@ class Loaded:
 
     engine: Engine
     tokenizer: Tokenizer
+    config: EngineConfig
+    """With the defaults of the device."""
     report: list[str]
 
 
@@ -106,13 +108,15 @@ def load(config: EngineConfig) -> Loaded:
     with phases("tokenizer"):
         tokenizer = Tokenizer.from_checkpoint(checkpoint, template)
     with phases("import torch"):
+        from liushui.runner import hardware
         from liushui.runner.runner import Runner
+    config = config.settled(hardware.pick_device(config.device).type == "cuda")
     with phases("weights and KV cache"):
         runner = Runner.load(config, checkpoint)
     suggested = Suggestions.read(checkpoint.generation_config)
     engine = join(config, runner, tokenizer, suggested.checked() if config.generation_config == "auto" else None)
     phases.close()
-    return Loaded(engine, tokenizer, report(config, checkpoint, tokenizer, runner, phases))
+    return Loaded(engine, tokenizer, config, report(config, checkpoint, tokenizer, runner, phases))
 
 
 def join(
@@ -124,8 +128,8 @@ def join(
     """Scheduler, runner and tokenizer as one engine. `sampling_defaults`: for what requests leave open."""
     scheduler = Scheduler(
         BlockPool(runner.num_blocks, runner.block_size),
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.seats,
+        max_num_batched_tokens=config.step_tokens,
         max_model_len=runner.max_model_len,
         policy=config.policy,
         prefix_caching=config.prefix_caching,

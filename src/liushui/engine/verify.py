@@ -159,8 +159,8 @@ def verify(llm: LLM, *, max_tokens: int = 16, ways: Seq[Way] = WAYS) -> Iterator
     config, scheduler = llm.config, llm.engine.scheduler
     if scheduler.has_work or scheduler.pool.num_cached:
         raise LiushuiError("verify needs a model that has not answered yet: load another LLM")
-    if config.max_num_seqs < SEATS or config.max_num_batched_tokens < 2 * SEATS:
-        raise ParameterError("max_num_seqs", f"must be at least {SEATS} to verify batches, got {config.max_num_seqs}")
+    if config.seats < SEATS or config.step_tokens < 2 * SEATS:
+        raise ParameterError("max_num_seqs", f"must be at least {SEATS} to verify batches, got {config.seats}")
     todo = subjects(llm, max_tokens)
     expected, _ = answer(llm, todo, ALONE, "reference")
     for number, way in enumerate(ways):
@@ -204,8 +204,8 @@ def engine_for(llm: LLM, way: Way) -> Engine:
     kind = Impatient if way.preempted else Scheduler
     scheduler = kind(
         BlockPool(runner.num_blocks, runner.block_size),
-        max_num_seqs=1 if way.one_by_one else min(way.seats or config.max_num_seqs, config.max_num_seqs),
-        max_num_batched_tokens=min(way.budget or config.max_num_batched_tokens, config.max_num_batched_tokens),
+        max_num_seqs=1 if way.one_by_one else min(way.seats or config.seats, config.seats),
+        max_num_batched_tokens=min(way.budget or config.step_tokens, config.step_tokens),
         max_model_len=runner.max_model_len,
         policy="static" if way.policy == "static" else "continuous",
         prefix_caching=way.cached,

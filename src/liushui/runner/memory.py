@@ -57,7 +57,7 @@ def plan_kv(
                 f"give at most {int(free_bytes / GIB * 9) / 10:g}",
             )
     else:
-        useful = -(-limit // block_size) * per_block * config.max_num_seqs
+        useful = -(-limit // block_size) * per_block * config.seats
         budget = min(useful, free_bytes) if on_gpu else min(useful, free_bytes // 2, DEFAULT_CAP)
     blocks = budget // per_block
     if blocks < 1:

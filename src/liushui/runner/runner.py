@@ -79,6 +79,7 @@ class Runner:
         started = time.perf_counter()
         threads = hardware.set_threads(config.threads)
         device = hardware.pick_device(config.device)
+        config = config.settled(device.type == "cuda")
         dtype = hardware.pick_dtype(config.dtype, device)
         shape = sizes(checkpoint.config)
         ops = pick_ops(config, device, threads)
@@ -116,7 +117,7 @@ class Runner:
         from liushui.runner.staging import StepShape
 
         width = -(-self.max_model_len // self.block_size)
-        largest = StepShape(config.max_num_batched_tokens, config.max_num_seqs, width, False)
+        largest = StepShape(config.step_tokens, config.seats, width, False)
         self.steps = DeviceSteps(self.model, ops, self.kv, device, self.block_size, largest)  # type: ignore[arg-type]
         self.depth = 1
 
@@ -200,11 +201,11 @@ def step_bytes(config: EngineConfig, model: Mapping[str, Any]) -> int:
     Twice what one step holds at once: a step outside the graphs does not share their memory. And room for the trial
     product of the largest weight's certificate, which works on a changed copy.
     """
-    rows = max(config.max_num_batched_tokens, config.max_num_seqs)
+    rows = max(config.step_tokens, config.seats)
     hidden = int(model.get("hidden_size") or model["n_embd"])
     inner = int(model.get("intermediate_size") or model.get("n_inner") or 4 * hidden)
     vocab = int(model["vocab_size"])
-    step = 2 * rows * (3 * inner + 8 * hidden) + 6 * config.max_num_seqs * vocab
+    step = 2 * rows * (3 * inner + 8 * hidden) + 6 * config.seats * vocab
     return 3 * GIB // 2 + 2 * step + 3 * max(vocab, 2 * inner) * hidden
 
 
