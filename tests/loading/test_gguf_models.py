@@ -202,7 +202,7 @@ def test_llama3_rope_comes_as_a_tensor_of_factors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "said"),
     [
-        (lambda w: w.add_expert_count(8), "mixture of experts"),
+        (lambda w: w.add_expert_count(8), "expert_used_count"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "longrope"),
         (lambda w: w.add_key_length(4), "rotary dimension 8"),
         (lambda w: w.add_tensor("blk.0.attn_sinks.weight", np.zeros(4, np.float32)), "blk.0.attn_sinks.weight"),

@@ -4,6 +4,7 @@ The tensors are read, not mapped: a file that shrinks while it is in use gives a
 """
 
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,12 +45,29 @@ class GgufCheckpoint:
             arch = header.metadata["general.architecture"]
             self._tensors: dict[str, tuple[GgufTensor, Layout]] = {}
             for name, tensor in header.tensors.items():
+                if name in gguf_names.LONGROPE_FACTORS and "rope_scaling" in self.config:
+                    self._take_longrope(gguf_names.LONGROPE_FACTORS[name], tensor)
+                    continue
                 target = gguf_names.target(arch, name)
                 if target.layout is Layout.TRANSPOSED and len(tensor.shape) != 2:
                     raise WeightError(f"tensor {name!r} must be a matrix, got {list(tensor.shape)}")
-                self._tensors[target.name] = (tensor, target.layout)
+                if target.layout is Layout.EXPERTS:
+                    self._tensors |= {
+                        target.name.format(i): (part, Layout.SAME) for i, part in enumerate(_experts(tensor))
+                    }
+                else:
+                    self._tensors[target.name] = (tensor, target.layout)
         except ModelError as error:
             raise type(error)(f"{path}: {error}") from error
+
+    def _take_longrope(self, key: str, tensor: GgufTensor) -> None:
+        """Phi-3's factors, at home in config.json."""
+        import torch
+
+        from liushui.loading.gguf_quants import dequantise
+
+        factors = dequantise(self._read(tensor), tensor.type, torch.float32, tensor.name)
+        self.config["rope_scaling"][key] = factors.flatten().tolist()
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -168,3 +186,11 @@ class GgufCheckpoint:
             raise WeightError(f"tensor {tensor.name!r} is a quantised bias: not supported")
         pairs = packed.reshape(heads, rows // heads // 2, 2, -1)
         return pairs.swapaxes(1, 2).reshape(1 if bias else rows, -1)
+
+
+def _experts(tensor: GgufTensor) -> list[GgufTensor]:
+    """A tensor [experts, rows, columns], whose experts lie one after the other, as a tensor for each."""
+    if len(tensor.shape) != 3:
+        raise WeightError(f"tensor {tensor.name!r} must hold a matrix for each expert, got {list(tensor.shape)}")
+    count, size = tensor.shape[0], tensor.nbytes // tensor.shape[0]
+    return [replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + i * size, nbytes=size) for i in range(count)]

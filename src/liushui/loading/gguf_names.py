@@ -1,11 +1,13 @@
 """GGUF's names of things -> Hugging Face's: the configuration and the tensors of the supported architectures.
 
-llama.cpp's converter (convert_hf_to_gguf.py) renames every tensor, and stores three kinds in another form:
+llama.cpp's converter (convert_hf_to_gguf.py) renames every tensor, and stores some in another form:
 
-* `llama`: the rows of the query and key projections, so that the two halves of a rotary pair lie side by side
-  (interleaved RoPE). `Layout.ROTARY` says that this must be undone. Qwen's projections are stored as they are.
+* `llama`, `granite`: the rows of the query and key projections, so that the two halves of a rotary pair lie side by
+  side (interleaved RoPE). `Layout.ROTARY` says that this must be undone. All others' are stored as they are.
 * `gpt2`: the Conv1D weights, [in, out] in Hugging Face's files, are stored as [out, in]: `Layout.TRANSPOSED`.
 * `gemma3`: the norms' factors, 1 + weight. `Layout.FROM_ONE` says that the 1 must be taken off.
+* Mixtures of experts (`llama` with experts is Mixtral; `qwen3moe`): all experts' weights of a layer in one tensor,
+  [experts, out, in]: `Layout.EXPERTS`, and a `{}` in the name where the expert's number goes.
 """
 
 import math
@@ -24,8 +26,14 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+LONGROPE_FACTORS = {"rope_factors_short.weight": "short_factor", "rope_factors_long.weight": "long_factor"}
+"""Phi-3's divisors of the frequencies: tensors in a GGUF file, lists in config.json."""
 
 
 class Layout(Enum):
@@ -33,6 +41,7 @@ class Layout(Enum):
     ROTARY = "rotary"
     TRANSPOSED = "transposed"
     FROM_ONE = "from one"
+    EXPERTS = "experts"
 
 
 class Target(NamedTuple):
@@ -66,6 +75,30 @@ _GEMMA3_BLOCK = _LLAMA_BLOCK | {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _GEMMA3_27B_LAYERS = 62
+_OLMO2_BLOCK = {key: name for key, name in _LLAMA_BLOCK.items() if key not in ("attn_norm", "ffn_norm")} | {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_PHI3_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_MIXTRAL_BLOCK = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+}
+_QWEN3MOE_BLOCK = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+}
 _GPT2 = {
     "token_embd": "transformer.wte",
     "position_embd": "transformer.wpe",
@@ -84,6 +117,10 @@ _GPT2_CONV1D = {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}
 _TABLES = {
     "gpt2": (_GPT2, _GPT2_BLOCK, "transformer.h"),
     "gemma3": (_LLAMA, _GEMMA3_BLOCK, "model.layers"),
+    "phi3": (_LLAMA, _PHI3_BLOCK, "model.layers"),
+    "olmo2": (_LLAMA, _OLMO2_BLOCK, "model.layers"),
+    "llama": (_LLAMA, _LLAMA_BLOCK | _MIXTRAL_BLOCK, "model.layers"),
+    "qwen3moe": (_LLAMA, _LLAMA_BLOCK | _QWEN3MOE_BLOCK, "model.layers"),
 }
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z0-9_]+)\.(weight|bias)")
 _OUTER = re.compile(r"([a-z0-9_]+)\.(weight|bias)")
@@ -102,8 +139,10 @@ def target(arch: str, name: str) -> Target:
 
 
 def _layout(arch: str, part: str, suffix: str) -> Layout:
-    if arch == "llama" and part in ("attn_q", "attn_k"):
+    if arch in ("llama", "granite") and part in ("attn_q", "attn_k"):
         return Layout.ROTARY
+    if part.endswith("_exps"):
+        return Layout.EXPERTS
     if arch == "gpt2" and part in _GPT2_CONV1D and suffix == "weight":
         return Layout.TRANSPOSED
     if arch == "gemma3" and part.endswith("_norm"):
@@ -182,7 +221,8 @@ def config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     if meta.arch == "gpt2":
         return common | _gpt2_config(meta)
     settings = _llama_config(meta, shapes)
-    return common | (_gemma3_config(meta, settings) if meta.arch == "gemma3" else settings)
+    special = _SPECIAL.get("mixtral" if meta.arch == "llama" and _num_experts(meta) else meta.arch)
+    return common | (settings if special is None else special(meta, settings, shapes))
 
 
 def _check_blocks(count: int, shapes: Collection[str]) -> None:
@@ -192,12 +232,13 @@ def _check_blocks(count: int, shapes: Collection[str]) -> None:
 
 
 def _llama_config(meta: Metadata, shapes: Collection[str]) -> dict[str, Any]:
-    if meta.has("expert_count") and meta.integer("expert_count", least=0) > 0:
+    if _num_experts(meta) and meta.arch not in ("llama", "qwen3moe"):
         raise ModelError(f"GGUF architecture {meta.arch!r} with experts (mixture of experts) is not supported")
     hidden, heads = meta.integer("embedding_length"), meta.integer("attention.head_count")
     head_dim = meta.integer("attention.key_length", default=max(1, hidden // heads))
     rotary = meta.integer("rope.dimension_count", default=head_dim)
-    if rotary != head_dim or meta.integer("attention.value_length", default=head_dim) != head_dim:
+    partial = meta.arch == "phi3" and rotary < head_dim
+    if (rotary != head_dim and not partial) or meta.integer("attention.value_length", default=head_dim) != head_dim:
         raise ModelError(
             f"GGUF metadata: rotary dimension {rotary} and value length must equal the head dimension {head_dim}"
         )
@@ -225,7 +266,74 @@ def _llama_config(meta: Metadata, shapes: Collection[str]) -> dict[str, Any]:
     return settings
 
 
-def _gemma3_config(meta: Metadata, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _num_experts(meta: Metadata) -> int:
+    return meta.integer("expert_count", default=0, least=0)
+
+
+def _mixtral_config(meta: Metadata, settings: Mapping[str, Any], shapes: Collection[str]) -> dict[str, Any]:
+    if settings.get("attention_bias"):
+        raise ModelError("GGUF architecture 'llama' with experts and biases is not supported")
+    return dict(settings) | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": _num_experts(meta),
+        "num_experts_per_tok": meta.integer("expert_used_count"),
+    }
+
+
+def _qwen3moe_config(meta: Metadata, settings: Mapping[str, Any], shapes: Collection[str]) -> dict[str, Any]:
+    """Layers without a router have a plain MLP. The weights of the chosen experts sum to 1 (llama.cpp, qwen3moe)."""
+    layers = range(settings["num_hidden_layers"])
+    return dict(settings) | {
+        "model_type": "qwen3_moe",
+        "num_experts": _num_experts(meta),
+        "num_experts_per_tok": meta.integer("expert_used_count"),
+        "moe_intermediate_size": meta.integer("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in shapes],
+        "use_sliding_window": "sliding_window" in settings,
+    }
+
+
+def _granite_config(meta: Metadata, settings: Mapping[str, Any], shapes: Collection[str]) -> dict[str, Any]:
+    """A scale that the file leaves out does nothing; scores are then divided by the root of the head dimension."""
+    return dict(settings) | {
+        "embedding_multiplier": meta.number("embedding_scale", default=1.0),
+        "attention_multiplier": meta.number("attention.scale", default=settings["head_dim"] ** -0.5),
+        "residual_multiplier": meta.number("residual_scale", default=1.0),
+        "logits_scaling": meta.number("logit_scale", default=1.0),
+    }
+
+
+def _olmo2_config(meta: Metadata, settings: Mapping[str, Any], shapes: Collection[str]) -> dict[str, Any]:
+    if "sliding_window" in settings:
+        raise ModelError("GGUF architecture 'olmo2' with a sliding window (OLMo 3) is not supported")
+    return dict(settings)
+
+
+def _phi3_config(meta: Metadata, settings: Mapping[str, Any], shapes: Collection[str]) -> dict[str, Any]:
+    """The rotation may cover a part of each head. LongRoPE's factors are tensors, which the checkpoint reads."""
+    head_dim = settings["head_dim"]
+    rotary = meta.integer("rope.dimension_count", default=head_dim)
+    share = rotary / head_dim
+    special: dict[str, Any] = {
+        "partial_rotary_factor": share if int(head_dim * share) == rotary else math.nextafter(share, 1.0)
+    }
+    longrope = all(name in shapes for name in LONGROPE_FACTORS)
+    if meta.has("rope.scaling.attn_factor") and not longrope and meta.number("rope.scaling.attn_factor") != 1.0:
+        raise ModelError("GGUF architecture 'phi3' with rope.scaling.attn_factor needs the tensors rope_factors_*")
+    if longrope:
+        whole = settings["max_position_embeddings"]
+        special["rope_scaling"] = {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": meta.integer("rope.scaling.original_context_length", default=whole),
+            "attention_factor": meta.number("rope.scaling.attn_factor", default=1.0),
+        }
+    return dict(settings) | special
+
+
+def _gemma3_config(meta: Metadata, settings: Mapping[str, Any], shapes: Collection[str]) -> dict[str, Any]:
     """What llama.cpp (llama-model.cpp) knows of Gemma 3 without the file saying so."""
     if "rope_freq_factors" in settings:
         raise ModelError("GGUF architecture 'gemma3' with frequency factors is not supported")
@@ -244,6 +352,16 @@ def _gemma3_config(meta: Metadata, settings: Mapping[str, Any]) -> dict[str, Any
         if meta.has(name):
             special[name] = meta.number(name)
     return {key: value for key, value in settings.items() if key != "hidden_act"} | special
+
+
+_SPECIAL = {
+    "gemma3": _gemma3_config,
+    "phi3": _phi3_config,
+    "granite": _granite_config,
+    "olmo2": _olmo2_config,
+    "qwen3moe": _qwen3moe_config,
+    "mixtral": _mixtral_config,
+}
 
 
 def _rope_scaling(meta: Metadata) -> dict[str, Any] | None:
