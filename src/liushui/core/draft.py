@@ -1,17 +1,23 @@
 """A step plan while it is being made."""
 
+from liushui.core.cost import Pace, Work
 from liushui.core.plan import NewSequence, PlanItem, StepPlan
 from liushui.core.sequence import Sequence
 
 
 class Draft:
-    """One step's budget and items, and its count of missing blocks."""
+    """One step's budget, in tokens and in time, its items, and its count of missing blocks."""
 
-    __slots__ = ("admitted", "budget", "claimed", "items", "new", "returning")
+    __slots__ = ("admitted", "budget", "claimed", "decoding", "items", "new", "pace", "returning", "work")
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, pace: Pace | None = None) -> None:
         self.budget = budget
         """Tokens that may still be fed."""
+        self.pace = pace
+        """Bounds the prompts' share in time."""
+        self.work = Work()
+        self.decoding = Work()
+        """Of `work`, that of sequences with one token: they are fed first, and always."""
         self.items: list[PlanItem] = []
         self.new: list[NewSequence] = []
         self.admitted: list[tuple[str, int]] = []
@@ -19,6 +25,11 @@ class Draft:
         """Blocks that return with the plans in flight. None: to be counted."""
         self.claimed = 0
         """Sequences that wait for one of these."""
+
+    @property
+    def full(self) -> bool:
+        """Whether nobody else can be fed."""
+        return not self.budget or (self.pace is not None and not self.pace.chunk(self.decoding, self.work, 0))
 
     def feed(self, seq: Sequence) -> None:
         """Advance `seq` by what it has left, within the budget: positions start .. end - 1.
@@ -28,8 +39,14 @@ class Draft:
         """
         start = seq.num_computed
         num_tokens = min(seq.num_left, self.budget)
+        if self.pace is not None and num_tokens > 1:
+            num_tokens = min(num_tokens, self.pace.chunk(self.decoding, self.work, start))
         if not num_tokens:
             return
+        if self.pace is not None:
+            self.work = self.work.plus(start, num_tokens)
+            if num_tokens == 1 and not self.work.prompt_tokens:
+                self.decoding = self.work
         end = start + num_tokens
         samples = end == seq.num_total
         self.items.append(

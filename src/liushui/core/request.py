@@ -201,9 +201,17 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     arrival_time: float = 0.0
     """Seconds on the engine's clock."""
+    deadline: float | None = None
+    """When it must have ended, seconds on the engine's clock."""
     priority: int = 0
     """Lower is served first; equal priorities in order of arrival."""
+    tenant: str = ""
+    """On whose account: tenants share the engine fairly. Priorities rank among a tenant's own requests."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
     prompt_logprobs_from: int = 0
     """First position whose prompt log-probabilities are wanted, if any are: what lies well before it may be cached."""
+
+    def seq_id(self, index: int) -> str:
+        """The name of its answer `index`."""
+        return self.request_id if self.sampling.n == 1 else f"{self.request_id}/{index}"

@@ -21,6 +21,7 @@ from typing import Literal
 
 from liushui.core import policy as choose
 from liushui.core.blocks import BlockPool
+from liushui.core.cost import Pace
 from liushui.core.draft import Draft
 from liushui.core.integrity import check_scheduler
 from liushui.core.plan import Event, FinishedEvent, StepPlan, TokensEvent
@@ -41,12 +42,15 @@ class Scheduler:
         max_model_len: int,
         policy: Literal["continuous", "static"] = "continuous",
         prefix_caching: bool = True,
+        ageing: float | None = None,
     ) -> None:
+        """`ageing`: seconds in the queue that count as one step of priority; None: priorities are absolute."""
         self.pool = pool
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.prefix_caching = prefix_caching
         self.policy = choose.POLICIES[policy]
+        self.ageing = ageing
         self.watermark = max(1, pool.num_blocks // 100)
         """Fewest free blocks that an admission leaves to those who run."""
 
@@ -57,6 +61,8 @@ class Scheduler:
         self._plans: deque[StepPlan] = deque()  # in flight, oldest first
         self._free_slots = list(range(max_num_seqs))
         heapify(self._free_slots)
+        self._shares = choose.Shares()
+        self._deadlines: list[tuple[float, int, str]] = []  # (deadline, arrival, sequence), a heap
         self._dropped: list[str] = []  # news for the next plan
         self._preempted: list[str] = []
         self._next_step = 0
@@ -105,7 +111,11 @@ class Scheduler:
             )
         seq.arrival = self._next_arrival
         self._next_arrival += 1
+        seq.rank = choose.rank(seq.request, seq.arrival, self.ageing)
         self._sequences[seq.seq_id] = seq
+        self._shares.enter(seq.request.tenant)
+        if seq.request.deadline is not None:
+            heappush(self._deadlines, (seq.request.deadline, seq.arrival, seq.seq_id))
         insort(self._waiting, seq, key=choose.order)
 
     def abort(self, seq_id: str, reason: FinishReason = FinishReason.ABORT) -> list[Event]:
@@ -139,9 +149,19 @@ class Scheduler:
         self._give_back(seq)
         return self._let_go()
 
+    def overdue(self, now: float) -> list[str]:
+        """Sequences whose deadline has passed, each named once: whoever asks ends them."""
+        late: list[str] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, arrival, seq_id = heappop(self._deadlines)
+            seq = self._sequences.get(seq_id)
+            if seq is not None and seq.arrival == arrival and seq.status in (Status.RUNNING, Status.WAITING):
+                late.append(seq_id)
+        return late
+
     # -- the step
 
-    def schedule(self, now: float = 0.0) -> StepPlan | None:
+    def schedule(self, now: float = 0.0, pace: Pace | None = None) -> StepPlan | None:
         """Plan the next step; None if nothing can advance before a plan in flight retires (or nothing is there).
 
         There are no phases. Every sequence has `left = known + pending - computed` tokens to feed, and a step advances
@@ -149,15 +169,16 @@ class Scheduler:
         hit, the return after a preemption and a decode step are this one case. The budget goes first to those with
         one token left (the decodes: so a long prompt never holds up the streams beside it), then to the longer rests
         of those already in, then to those who enter; always in order of (priority, arrival), and nobody overtakes
-        the head of the queue. Who enters gets blocks for all its known tokens at once, so only decodes ever lack a
-        block, and admitted prompts cannot lock each other out. A decode that lacks one takes it from the last in
-        order, who goes back to the queue; but if blocks are on their way back already (their owners are done, and
-        plans in flight name them) it waits for these. The first in order always gets ahead: hence everybody does,
-        in turn.
+        the head of the queue, which is the first of the tenant served least. Who enters gets blocks for all its known
+        tokens at once, so only decodes ever lack a block, and admitted prompts cannot lock each other out. A decode
+        that lacks one takes it from the last in order, who goes back to the queue; but if blocks are on their way back
+        already (their owners are done, and plans in flight name them) it waits for these. The first in order always
+        gets ahead: hence everybody does, in turn.
 
-        `now`: seconds on the engine's clock.
+        `now`: seconds on the engine's clock. `pace`: bounds the prompts' share of a step in time as well, as long as
+        others decode.
         """
-        draft = Draft(self.max_num_batched_tokens)
+        draft = Draft(self.max_num_batched_tokens, pace)
         rests: list[Sequence] = []
         for seq in self._running.copy():  # preemption shortens the end, never what was passed
             left = seq.num_left
@@ -169,8 +190,8 @@ class Scheduler:
             if seq.status is Status.RUNNING:
                 draft.feed(seq)
         batch_empty = not (self._running or self._plans)
-        for seq in self.policy.entrants(self._waiting, batch_empty):
-            if not (draft.budget or self.policy.together) or not self._admit(seq, draft, now):
+        for seq in self.policy.entrants(self._waiting, batch_empty, self._shares.served) if self._free_slots else ():
+            if (draft.full and not self.policy.together) or not self._admit(seq, draft, now):
                 break
             draft.feed(seq)
         if not draft.items:
@@ -180,6 +201,9 @@ class Scheduler:
         self._dropped.clear()
         self._preempted.clear()
         self._plans.append(plan)
+        if len(self._shares.served) > 1:
+            for item in plan.items:
+                self._shares.charge(self._sequences[item.seq_id].request.tenant, item.num_tokens)
         return plan
 
     def update(self, plan: StepPlan, tokens: Mapping[str, Seq[int]]) -> list[Event]:
@@ -326,6 +350,7 @@ class Scheduler:
             seq.slot = -1
         if seq.status is Status.ENDED:
             del self._sequences[seq.seq_id]
+            self._shares.leave(seq.request.tenant)
             if seq.admitted_at is not None:  # the runner has heard of it
                 self._dropped.append(seq.seq_id)
 

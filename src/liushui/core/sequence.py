@@ -49,6 +49,7 @@ class Sequence:
         "num_prompt",
         "num_published",
         "prefixes",
+        "rank",
         "request",
         "seed",
         "seq_id",
@@ -61,7 +62,7 @@ class Sequence:
     def __init__(self, request: Request, index: int = 0) -> None:
         sampling = request.sampling
         self.request = request
-        self.seq_id = request.request_id if sampling.n == 1 else f"{request.request_id}/{index}"
+        self.seq_id = request.seq_id(index)
         self.seed = request.seed + index
         eos = frozenset() if sampling.ignore_eos else request.eos_token_ids
         self.stop_token_ids: frozenset[int] = eos.union(sampling.stop_token_ids)
@@ -83,6 +84,8 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.arrival = -1
         """Its number in order of arrival, given by the scheduler."""
+        self.rank: tuple[float, int] = (0.0, -1)
+        """Its place in the one order of everything, given by the scheduler; see `policy.rank`."""
         self.slot = -1
         """Its place in the batch; -1: none."""
         self.admitted_at: float | None = None

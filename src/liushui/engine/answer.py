@@ -34,6 +34,10 @@ class Answer:
         self.closed = False
         """Takes no more tokens: ended, or a stop string is complete. Tokens still in flight are discarded."""
 
+    def extend(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> bool:
+        """Take the next tokens, up to one that completes a stop string; then True: the sequence must be ended."""
+        return any(self.push(token, logprobs[i] if i < len(logprobs) else None) for i, token in enumerate(token_ids))
+
     def push(self, token_id: int, logprobs: TokenLogprobs | None = None) -> bool:
         """Take the next token. Returns True if it completed a stop string, so that the sequence must be ended."""
         output, params = self.output, self.request.sampling

@@ -1,31 +1,25 @@
-"""The loop: schedule, execute, update.
+"""`Engine`: the token loop with its text beside it, in one thread. For offline work; see `serving` for servers.
 
-    depth 0      plan 1 | run 1 | learn 1 | plan 2 | run 2 | learn 2 | ...
-    depth 1      plan 1 | run 1 ......... | run 2 ......... | run 3 ...
-                        plan 2 | learn 1 |  plan 3 | learn 2 |
-
-It is one loop: `step` plans and starts a step, and takes in the oldest one when more than `depth` are in flight.
-
-What goes wrong stays where it is: a row that the executor gives up, a text that cannot be decoded, a whole step that
-raises. The sequences concerned end with `FinishReason.ERROR` and a message, all others go on. Not thread-safe.
+Text is made at once from the tokens of a step, so a stop string ends its sequence before the next step is planned.
+Not thread-safe.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from liushui.config import EngineConfig
-from liushui.core.plan import Event, Executor, Pending, StepPlan, StepResult, TokensEvent
+from liushui.core.plan import Executor, TokenLogprobs
 from liushui.core.request import FinishReason, SamplingParams
 from liushui.core.scheduler import Scheduler
-from liushui.engine.events import EventLog, House, Kind, SequenceEvent
+from liushui.engine.events import EventLog, House
 from liushui.engine.inputs import InputProcessor, Limits, Prepared, Prompt, PromptEncoder
 from liushui.engine.live import LiveAnswer, LiveRequest
+from liushui.engine.loop import TokenLoop, describe
+from liushui.engine.messages import SequenceTimes
 from liushui.engine.outputs import RequestOutput, StreamDelta
 from liushui.engine.text import RawTokenizer, Vocabulary
-from liushui.errors import LiushuiError, ParameterError
 
 EngineOutput = StreamDelta | RequestOutput
 
@@ -41,28 +35,6 @@ class EngineTokenizer(PromptEncoder, Protocol):
 
     @property
     def bos_token_id(self) -> int | None: ...
-
-
-class Flight(NamedTuple):
-    """A step under way, and how full the house was when it was planned."""
-
-    plan: StepPlan
-    pending: Pending
-    start: float
-    waiting: int
-    running: int
-    free_blocks: int
-
-
-class Failed(NamedTuple):
-    """A step that could not even be started."""
-
-    error: BaseException
-
-    def result(self) -> StepResult:
-        if isinstance(self.error, Exception):
-            raise self.error
-        raise RuntimeError(f"interrupted: {describe(self.error)}")
 
 
 class Engine:
@@ -85,10 +57,6 @@ class Engine:
         the next one is planned. `log_limit`: events and steps the log keeps; None: all.
         `sampling_defaults`: fields of SamplingParams for requests that leave them open."""
         pool = scheduler.pool
-        self.scheduler = scheduler
-        self.executor = executor
-        self.clock = clock
-        self.depth = depth
         self.vocab = Vocabulary(tokenizer.raw)
         self.inputs = InputProcessor(
             tokenizer,
@@ -102,14 +70,42 @@ class Engine:
         )
         house = House(config.policy, config.seats, pool.num_blocks, pool.block_size)
         self.log = EventLog(house, limit=log_limit)
-        self.num_output_tokens = 0
-        """Of all answers since the start."""
+        self.loop = TokenLoop(scheduler, executor, self, self.log, clock, depth=depth)
         self._requests: dict[str, LiveRequest] = {}
         self._answers: dict[str, LiveAnswer] = {}
-        self._flights: deque[Flight] = deque()
         self._touched: dict[str, LiveAnswer] = {}
         self._finished: list[RequestOutput] = []
         self._outputs: list[EngineOutput] = []
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.loop.scheduler
+
+    @property
+    def executor(self) -> Executor:
+        return self.loop.executor
+
+    @executor.setter
+    def executor(self, executor: Executor) -> None:
+        self.loop.executor = executor
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        return self.loop.clock
+
+    @property
+    def depth(self) -> int:
+        """Steps kept in flight while the next one is planned."""
+        return self.loop.depth
+
+    @depth.setter
+    def depth(self, depth: int) -> None:
+        self.loop.depth = depth
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all answers since the start."""
+        return self.loop.num_output_tokens
 
     # -- in and out
 
@@ -121,22 +117,10 @@ class Engine:
     def submit(self, prepared: Prepared) -> str:
         """Accept a prepared request: from now on it ends in exactly one `RequestOutput`. Returns its id."""
         request_id = prepared.request.request_id
-        if request_id in self._requests:
-            raise ParameterError("request_id", f"{request_id!r} is in use; choose another")
         live = LiveRequest(prepared, self.vocab)
-        added: list[str] = []
-        try:
-            for answer in live.answers:
-                self.scheduler.add(answer.sequence)
-                added.append(answer.sequence.seq_id)
-        except Exception:
-            for seq_id in added:
-                self.scheduler.abort(seq_id)
-            raise
+        self.loop.submit(prepared.request)
         self._requests[request_id] = live
-        self._answers.update((answer.sequence.seq_id, answer) for answer in live.answers)
-        arrival, num_prompt = prepared.request.arrival_time, len(prepared.request.prompt_token_ids)
-        self.log.add(SequenceEvent(Kind.ARRIVED, arrival, request_id, request_id, num_prompt))
+        self._answers.update((answer.seq_id, answer) for answer in live.answers)
         return request_id
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None, **where: Any) -> str:
@@ -146,13 +130,12 @@ class Engine:
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; its KV blocks return with the last step in flight that names it. Returns what there
         is of it, or None for an id that is unknown or has ended."""
-        live = self._requests.get(request_id)
-        if live is None:
+        if request_id not in self._requests:
             return None
-        for answer in live.answers:
-            if not answer.ended:
-                self._cut(answer, FinishReason.ABORT)
-                self._touched.pop(answer.sequence.seq_id, None)
+        seq_ids = [live.seq_id for live in self._requests[request_id].answers if not live.ended]
+        self.loop.end(request_id, FinishReason.ABORT)
+        for seq_id in seq_ids:
+            self._touched.pop(seq_id, None)
         output = next(output for output in self._finished if output.request_id == request_id)
         self._finished.remove(output)
         self._hand_out()
@@ -166,13 +149,13 @@ class Engine:
 
     def drain(self) -> None:
         """Take in every step in flight without planning another."""
-        while self._flights:
-            self._retire()
+        self.loop.drain()
+        self._hand_out()
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to do or to hand out."""
-        return bool(self._requests or self._outputs or self._flights)
+        return bool(self._requests or self._outputs or self.loop.busy)
 
     @property
     def num_unfinished(self) -> int:
@@ -183,123 +166,33 @@ class Engine:
 
     def step(self) -> list[EngineOutput]:
         """One turn of the loop. Returns new deltas (of streaming requests) and outputs (of finished ones)."""
-        now = self.clock()
-        plan = self.scheduler.schedule(now)
-        if plan is not None:
-            self._log_plan(plan, now)
-            self._launch(plan)
-        if self._flights and (plan is None or len(self._flights) > self.depth):
-            self._retire()
-        elif plan is None and self._requests:
-            self._give_up("the scheduler has nothing to run, though requests wait: a bug, please report it")
+        self.loop.step()
+        self._hand_out()
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def _launch(self, plan: StepPlan) -> None:
-        """Start the step; if that fails, it is in flight all the same and fails when its turn comes."""
-        scheduler, start = self.scheduler, self.clock()
-        house = (scheduler.num_waiting, scheduler.num_running, scheduler.pool.num_free)
-        try:
-            self._flights.append(Flight(plan, self.executor.execute(plan), start, *house))
-        except BaseException as error:
-            self._flights.append(Flight(plan, Failed(error), start, *house))
-            if not isinstance(error, Exception):
-                raise
+    # -- what the loop tells (`loop.Reader`)
 
-    def _retire(self) -> None:
-        """Take in the oldest step: its tokens, its ends, its failures."""
-        flight = self._flights[0]
-        try:
-            result = flight.pending.result()
-            errors = _lost(flight.plan, result) | dict(result.errors)
-        except Exception as error:
-            result = StepResult(tokens={})
-            errors = dict.fromkeys((item.seq_id for item in flight.plan.items), describe(error))
-        end = self.clock()
-        self._flights.popleft()
-        self.log.add_step(flight.plan, flight.start, end, flight.waiting, flight.running, flight.free_blocks)
-        self._count_step(flight.plan, errors)
-        for seq_id, message in errors.items():
-            if (live := self._answers.get(seq_id)) is not None and not live.answer.closed:
-                self._cut(live, FinishReason.ERROR, message)
-        self._take_prompt_logprobs(result)
-        self._take(self.scheduler.update(flight.plan, result.tokens), result, end)
-        self._hand_out()
-
-    # -- news of a step
-
-    def _take(self, events: Iterable[Event], result: StepResult, now: float) -> None:
-        """Hand events to their answers. Ending one may let others go: their events join the queue."""
-        queue = deque(events)
-        while queue:
-            event = queue.popleft()
-            live = self._answers.get(event.seq_id)
-            if live is None:
-                continue
-            if not isinstance(event, TokensEvent):
-                self._end(live, event.reason, now)
-                continue
-            try:
-                stopped = self._push(live, event.token_ids, result, now)
-            except Exception as error:
-                self._cut(live, FinishReason.ERROR, f"the text could not be made: {describe(error)}")
-                continue
-            if stopped:
-                queue.extend(self.scheduler.finish(event.seq_id, FinishReason.STOP))
-
-    def _push(self, live: LiveAnswer, tokens: Seq[int], result: StepResult, now: float) -> bool:
-        """Give an answer its new tokens. Returns True if a stop string is complete."""
+    def tokens(self, seq_id: str, token_ids: Seq[int], logprobs: Seq[TokenLogprobs]) -> bool:
+        live = self._answers[seq_id]
         if live.answer.closed:
             return False
-        seq_id = live.sequence.seq_id
-        if live.first_token is None:
-            live.first_token = now
-            self._log(Kind.FIRST_TOKEN, now, live, step_id=live.last_step)
-        live.last_token = now
-        self.num_output_tokens += len(tokens)
         self._touched[seq_id] = live
-        logprobs = result.logprobs.get(seq_id, ())
-        for i, token in enumerate(tokens):
-            if live.answer.push(token, logprobs[i] if i < len(logprobs) else None):
-                return True
-        return False
+        return live.answer.extend(token_ids, logprobs)
 
-    def _cut(self, live: LiveAnswer, reason: FinishReason, error: str | None = None) -> None:
-        """End an answer from outside, now. Under the static policy this may let the rest of its group go."""
-        freed = self.scheduler.abort(live.sequence.seq_id, reason)
-        self._end(live, reason, self.clock(), error)
-        self._take(freed, StepResult(tokens={}), self.clock())
+    def prompt_logprobs(self, seq_id: str, found: Seq[tuple[int, TokenLogprobs]]) -> None:
+        self._answers[seq_id].request.take_prompt_logprobs(seq_id, found)
 
-    def _end(self, live: LiveAnswer, reason: FinishReason, now: float, error: str | None = None) -> None:
-        """The sequence has left the batch: complete its answer, and with the last one the request."""
-        try:
-            live.answer.finish(reason)
-        except Exception as failure:
-            error = f"the text could not be made: {describe(failure)}"
-            live.answer.finish(FinishReason.ERROR)
-        live.ended = True
-        output, request = live.answer.output, live.request
-        if error is not None and request.error is None:
-            request.error = error
-        del self._answers[live.sequence.seq_id]
-        self._touched[live.sequence.seq_id] = live
-        self._log(
-            Kind.FINISHED, now, live, len(output.token_ids), live.last_step, output.finish_reason, live.last_token
-        )
+    def ended(self, seq_id: str, reason: FinishReason, times: SequenceTimes, error: str | None) -> FinishReason:
+        """Complete its answer, and with the last one the request."""
+        live = self._answers.pop(seq_id)
+        live.end(reason, times, error)
+        self._touched[seq_id] = live
+        request = live.request
         if request.finished:
             del self._requests[request.request.request_id]
-            self._finished.append(request.output(now))
-
-    def _give_up(self, message: str) -> None:
-        for live in list(self._answers.values()):
-            if not live.ended:
-                self._cut(live, FinishReason.ERROR, message)
-        self._hand_out()
-
-    def _take_prompt_logprobs(self, result: StepResult) -> None:
-        for seq_id, found in result.prompt_logprobs.items():
-            if (live := self._answers.get(seq_id)) is not None:
-                live.request.take_prompt_logprobs(seq_id, list(found))
+            self._finished.append(request.output(times.finished))
+        return live.answer.output.finish_reason or reason
 
     def _hand_out(self) -> None:
         """One delta per answer that moved, if its request streams; then the outputs of the finished."""
@@ -312,38 +205,5 @@ class Engine:
         self._outputs += self._finished
         self._finished.clear()
 
-    # -- the log
 
-    def _count_step(self, plan: StepPlan, errors: dict[str, str]) -> None:
-        for item in plan.items:
-            live = self._answers.get(item.seq_id)
-            if live is not None and not live.answer.closed and item.seq_id not in errors:
-                live.steps += 1
-                live.last_step = plan.step_id
-
-    def _log_plan(self, plan: StepPlan, now: float) -> None:
-        for seq_id in plan.preempted:
-            if (live := self._answers.get(seq_id)) is not None:
-                self._log(Kind.PREEMPTED, now, live, step_id=plan.step_id)
-        for seq_id, cached in plan.admitted:
-            self._log(Kind.ADMITTED, now, self._answers[seq_id], cached, plan.step_id)
-
-    def _log(self, kind: Kind, now: float, live: LiveAnswer, value: int = 0, step_id: int = -1, *rest: Any) -> None:
-        request_id = live.request.request.request_id
-        self.log.add(SequenceEvent(kind, now, request_id, live.sequence.seq_id, value, step_id, *rest))
-
-
-def _lost(plan: StepPlan, result: StepResult) -> dict[str, str]:
-    """Rows that should have one new token and have not."""
-    return {
-        item.seq_id: f"the executor gave {len(result.tokens.get(item.seq_id, ()))} tokens instead of one"
-        for item in plan.items
-        if item.samples and len(result.tokens.get(item.seq_id, ())) != 1
-    }
-
-
-def describe(error: BaseException) -> str:
-    """One line for a person: the message, and the type unless the error is one of ours."""
-    if isinstance(error, LiushuiError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+__all__ = ["Engine", "EngineOutput", "EngineTokenizer", "describe"]

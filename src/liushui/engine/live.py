@@ -1,30 +1,41 @@
-"""`LiveRequest`: a request between its admission and its output."""
+"""`LiveRequest`: a request between its admission and its output, as its user will see it."""
+
+from collections.abc import Sequence
 
 from liushui.core.plan import TokenLogprobs
-from liushui.core.sequence import Sequence
+from liushui.core.request import FinishReason
 from liushui.engine.answer import Answer, prompt_logprobs
 from liushui.engine.inputs import Prepared
+from liushui.engine.loop import describe
+from liushui.engine.messages import SequenceTimes
 from liushui.engine.outputs import RequestOutput, RequestTimings
 from liushui.engine.stops import StopAutomaton
 from liushui.engine.text import Vocabulary
 
 
 class LiveAnswer:
-    """One sequence of a request: the scheduler's side, the user's side, and when it moved."""
+    """One sequence of a request: its text, and, when it has left the batch, its times."""
 
-    __slots__ = ("answer", "ended", "first_token", "last_step", "last_token", "request", "sequence", "steps")
+    __slots__ = ("answer", "ended", "request", "seq_id", "times")
 
-    def __init__(self, request: "LiveRequest", sequence: Sequence, answer: Answer) -> None:
+    def __init__(self, request: "LiveRequest", seq_id: str, answer: Answer) -> None:
         self.request = request
-        self.sequence = sequence
+        self.seq_id = seq_id
         self.answer = answer
-        self.first_token: float | None = None
-        self.last_token: float | None = None
-        self.steps = 0
-        self.last_step = -1
-        """The last step that advanced it."""
+        self.times = SequenceTimes()
         self.ended = False
         """It has left the batch; nothing about it is reported any more."""
+
+    def end(self, reason: FinishReason, times: SequenceTimes, error: str | None = None) -> None:
+        """Complete the answer. What goes wrong in that is an error of this request."""
+        try:
+            self.answer.finish(reason)
+        except Exception as failure:
+            error = f"the text could not be made: {describe(failure)}"
+            self.answer.finish(FinishReason.ERROR)
+        self.times, self.ended = times, True
+        if error is not None and self.request.error is None:
+            self.request.error = error
 
 
 class LiveRequest:
@@ -39,7 +50,7 @@ class LiveRequest:
         self._prompt_logprobs: dict[int, TokenLogprobs] = {}
         stops = StopAutomaton(request.sampling.stop_strings) if request.sampling.stop_strings else None
         self.answers = [
-            LiveAnswer(self, Sequence(request, index), Answer(request, index, vocab, stops))
+            LiveAnswer(self, request.seq_id(index), Answer(request, index, vocab, stops))
             for index in range(request.sampling.n)
         ]
 
@@ -47,12 +58,12 @@ class LiveRequest:
     def finished(self) -> bool:
         return all(live.ended for live in self.answers)
 
-    def take_prompt_logprobs(self, seq_id: str, found: "list[tuple[int, TokenLogprobs]]") -> None:
+    def take_prompt_logprobs(self, seq_id: str, found: Sequence[tuple[int, TokenLogprobs]]) -> None:
         """Every answer computes the same prompt; the first one's count. Recomputed positions come twice."""
-        if seq_id == self.answers[0].sequence.seq_id:
+        if seq_id == self.answers[0].seq_id:
             self._prompt_logprobs.update(found)
 
-    def output(self, finished: float) -> RequestOutput:
+    def output(self, finished: float | None) -> RequestOutput:
         """`finished`: when the last answer ended, seconds on the engine's clock."""
         request, prepared = self.request, self.prepared
         wanted = request.sampling.prompt_logprobs is not None
@@ -74,26 +85,26 @@ class LiveRequest:
                 else None
             ),
             timings=self.timings(finished),
-            num_cached_tokens=max(live.sequence.num_cached for live in self.answers),
+            num_cached_tokens=max(live.times.cached_tokens for live in self.answers),
             truncated_tokens=prepared.truncated_tokens,
             effective_params=prepared.effective_params(),
             error=self.error,
         )
 
     def timings(self, finished: float | None) -> RequestTimings:
-        admitted = [a.sequence.admitted_at for a in self.answers if a.sequence.admitted_at is not None]
-        first = [live.first_token for live in self.answers if live.first_token is not None]
-        last = [live.last_token for live in self.answers if live.last_token is not None]
+        times = [live.times for live in self.answers]
         return RequestTimings(
             arrival=self.request.arrival_time,
-            scheduled=min(admitted, default=None),
-            first_token=min(first, default=None),
-            last_token=max(last, default=None),
+            scheduled=min((t.scheduled for t in times if t.scheduled is not None), default=None),
+            first_token=min((t.first_token for t in times if t.first_token is not None), default=None),
+            last_token=max((t.last_token for t in times if t.last_token is not None), default=None),
             finished=finished,
-            preemptions=sum(live.sequence.num_preemptions for live in self.answers),
-            steps=sum(live.steps for live in self.answers),
+            preemptions=sum(t.preemptions for t in times),
+            steps=sum(t.steps for t in times),
             output_tokens=sum(len(live.answer.output.token_ids) for live in self.answers),
             answers=len(self.answers),
+            preempted=sum(t.preempted for t in times),
+            mates=sum(t.mates for t in times),
         )
 
 

@@ -103,19 +103,21 @@ def request_timings(log: EventLog) -> dict[str, RequestTimings]:
         if event.kind is not Kind.ARRIVED:
             owner[event.seq_id] = event.request_id
     steps: dict[str, int] = defaultdict(int)
+    mates: dict[str, int] = defaultdict(int)
     last_step = last_steps(log)
     for step in log.steps:
         for item in step.items:
             if item.seq_id in owner and step.step_id <= last_step.get(item.seq_id, step.step_id):
                 steps[owner[item.seq_id]] += 1
+                mates[owner[item.seq_id]] += len(step.items) - 1
     return {
-        request_id: _timings(own, steps[request_id])
+        request_id: _timings(own, steps[request_id], mates[request_id])
         for request_id, own in events.items()
         if own[0].kind is Kind.ARRIVED
     }
 
 
-def _timings(events: Sequence[SequenceEvent], steps: int) -> RequestTimings:
+def _timings(events: Sequence[SequenceEvent], steps: int, mates: int) -> RequestTimings:
     def times(kind: Kind) -> Iterator[float]:
         return (event.time for event in events if event.kind is kind)
 
@@ -131,7 +133,27 @@ def _timings(events: Sequence[SequenceEvent], steps: int) -> RequestTimings:
         steps=steps,
         output_tokens=sum(end.value for end in ends),
         answers=answers,
+        preempted=_preempted(events),
+        mates=mates,
     )
+
+
+def _preempted(events: Sequence[SequenceEvent]) -> float:
+    """Seconds between giving up the blocks and coming back, or the end, summed in the order of the sequences."""
+    since: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    for event in events:
+        if event.kind is Kind.PREEMPTED:
+            since[event.seq_id] = event.time
+        elif event.kind in (Kind.ADMITTED, Kind.FINISHED) and event.seq_id in since:
+            out = event.time - since.pop(event.seq_id)
+            seconds[event.seq_id] = seconds.get(event.seq_id, 0.0) + out
+    return sum(seconds[seq_id] for seq_id in sorted(seconds, key=_answer_index))
+
+
+def _answer_index(seq_id: str) -> int:
+    index = seq_id.rpartition("/")[2]
+    return int(index) if "/" in seq_id else 0
 
 
 def last_steps(log: EventLog) -> dict[str, int]:

@@ -56,11 +56,30 @@ class RequestTimings:
     output_tokens: int = 0
     """Of all its answers together."""
     answers: int = 1
+    preempted: float = 0.0
+    """Seconds that its answers waited, together, after giving up their KV blocks to others."""
+    mates: int = 0
+    """Other sequences in its steps, summed over the steps."""
 
     @property
     def queued(self) -> float | None:
         """Seconds from arrival to the batch."""
         return None if self.scheduled is None else self.scheduled - self.arrival
+
+    @property
+    def prefill(self) -> float | None:
+        """Seconds from the batch to the first token."""
+        return None if self.first_token is None or self.scheduled is None else self.first_token - self.scheduled
+
+    @property
+    def decode(self) -> float | None:
+        """Seconds from the first token to the last."""
+        return None if self.first_token is None or self.last_token is None else self.last_token - self.first_token
+
+    @property
+    def batch_mates(self) -> float:
+        """Mean number of other sequences in the steps that advanced it."""
+        return self.mates / self.steps if self.steps else 0.0
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from liushui.config import EngineConfig
 from liushui.core.blocks import BlockPool
+from liushui.core.cost import Pace
 from liushui.core.plan import StepPlan
 from liushui.core.request import SamplingParams
 from liushui.core.scheduler import Scheduler
@@ -52,11 +53,11 @@ CASES: Mapping[str, SamplingParams] = {
 class Impatient(Scheduler):
     """Throws one sequence out of the batch at every second step, each twice at most."""
 
-    def schedule(self, now: float = 0.0) -> StepPlan | None:
+    def schedule(self, now: float = 0.0, pace: Pace | None = None) -> StepPlan | None:
         fresh = [seq for seq in self._running if seq.num_preemptions < 2]
         if self._next_step % 2 and fresh:
             self._preempt(fresh[-1])
-        return super().schedule(now)
+        return super().schedule(now, pace)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
