@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from liushui.kernels.triton.common import begin, options
+from liushui.kernels.triton.common import Kernel, begin, options
 
 SPLIT = 512
 """Keys in a split."""
@@ -117,6 +117,7 @@ def _find(query_start, tile, S, BQ: tl.constexpr):
     return left - 1
 
 
+@Kernel
 @triton.jit(do_not_specialize=["S", "table_stride", "window"])
 def _chunks(
     qkv, k_cache, v_cache, out, query_start, seq_lens, block_table, S, table_stride, scale, window,
@@ -163,6 +164,7 @@ def _chunks(
         tl.store(out + place, mixed.to(out.dtype.element_ty), mask=real[:, None] & (cols < D)[None, :])
 
 
+@Kernel
 @triton.jit(do_not_specialize=["table_stride", "max_splits", "window"])
 def _decode(
     qkv, k_cache, v_cache, out, sums, scales, arrived, query_start, seq_lens, block_table, table_stride, max_splits,

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from liushui.kernels.triton.common import begin, options, row_scale, warps_for
+from liushui.kernels.triton.common import Kernel, begin, options, row_scale, warps_for
 
 
 @triton.jit
@@ -18,6 +18,7 @@ def rotated(x, partner, cols, rope_row, HALF: tl.constexpr):
     return tl.fma(x, tl.expand_dims(cos, 0), partner * tl.expand_dims(sin * sign, 0))
 
 
+@Kernel
 @triton.jit
 def _qkv_to_cache(
     qkv, positions, slots, k_cache, v_cache, rope, q_norm, k_norm, eps,

@@ -1,6 +1,7 @@
 """What the kernels share: launching, exact sums, small helpers."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,21 @@ def options(chained: bool, num_warps: int, num_stages: int = 2) -> dict[str, Any
     if chained:
         found["launch_pdl"] = True
     return found
+
+
+class Kernel:
+    """A kernel to launch as Triton's own, `kernel[grid](...)`; given tensors on the meta device, only compiled."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def launch(*arguments: Any, **constants: Any) -> Any:
+            if arguments[0].is_meta:
+                return self.function.warmup(*arguments, grid=grid, **constants)
+            return self.function[grid](*arguments, **constants)
+
+        return launch
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from liushui.kernels.linear import cancelling
-from liushui.kernels.triton.common import begin, options, row_scale
+from liushui.kernels.triton.common import Kernel, begin, options, row_scale
 from liushui.kernels.triton.rows import silu
 
 BUCKETS = (
@@ -38,6 +38,7 @@ def _finish(acc, up, bias, residual, out, place, mask, BIAS: tl.constexpr, ADD: 
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=mask)
 
 
+@Kernel
 @triton.jit
 def _product(
     x, weight, bias, norm, residual, out, M, N, K, eps,
@@ -82,6 +83,7 @@ def _product(
     _finish(acc, up, added, residual, out, place, live[:, None] & real[None, :], BIAS, ADD, GATED)
 
 
+@Kernel
 @triton.jit
 def _narrow(
     x, weight, bias, norm, residual, out, M, N, K, eps,

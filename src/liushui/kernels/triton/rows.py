@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from liushui.kernels.triton.common import begin, options, row_scale, warps_for
+from liushui.kernels.triton.common import Kernel, begin, options, row_scale, warps_for
 
 
+@Kernel
 @triton.jit
 def _rms_norm(
     x, weight, residual, out, size, eps,
@@ -29,6 +30,7 @@ def _rms_norm(
     tl.store(out + row * size + cols, (value * scale * factor).to(out.dtype.element_ty), mask=inside)
 
 
+@Kernel
 @triton.jit
 def _layer_norm(
     x, weight, bias, residual, out, size, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
@@ -61,6 +63,7 @@ def _gelu_tanh(x):
     return x / (1.0 + tl.exp(-2.0 * u))
 
 
+@Kernel
 @triton.jit
 def _activate(x, out, size, GATED: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)

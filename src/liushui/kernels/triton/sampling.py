@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from liushui.kernels.triton.common import begin, options
+from liushui.kernels.triton.common import Kernel, begin, options
 
 _PIECE = 4096
 """Logits of one row that one program looks at."""
@@ -35,6 +35,7 @@ def gumbel(first, second, tokens):
     return -tl.log(tl.where(u < 0.015625, series, -tl.log(rest)))
 
 
+@Kernel
 @triton.jit
 def _pick(
     logits, keys, temperatures, limits, scores, tokens, vocab, pieces,
@@ -59,6 +60,7 @@ def _pick(
     tl.store(tokens + row * pieces + piece, tl.where(broken > 0, -1, token))
 
 
+@Kernel
 @triton.jit
 def _settle(scores, tokens, chosen, feed, places, pieces, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """The best piece's token; -1 if the row is not finite. Also to feed[place], for the step that follows."""
@@ -103,6 +105,7 @@ def _edge(row, vocab, low, target, top, temperature, WEIGHTED: tl.constexpr, LAS
     return tl.maximum(t, low)
 
 
+@Kernel
 @triton.jit
 def _limits(
     logits, temperatures, top_ks, top_ps, min_ps, limits, vocab,
@@ -140,6 +143,7 @@ def _limits(
     tl.store(limits + r, limit)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["WANTED"])
 def _logprobs(
     logits, chosen, values, ranks, top_values, top_tokens, vocab, WANTED, BLOCK: tl.constexpr, PDL: tl.constexpr
@@ -238,6 +242,7 @@ def logprobs(
     return values, ranks, top_values, top_tokens
 
 
+@Kernel
 @triton.jit(do_not_specialize=["count"])
 def _resolve(ids, feed, out, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
