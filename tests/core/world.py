@@ -28,6 +28,10 @@ def token_at(seq_id: str, position: int) -> int:
     return crc32(f"{seq_id}@{position}".encode()) % VOCABULARY
 
 
+def first_token(name: str, num_prompt: int) -> int:
+    return token_at(name, num_prompt)
+
+
 def expected(seq: Sequence) -> tuple[list[int], FinishReason]:
     """The answer and how it ends, by the words of the parameters and nothing of the scheduler's code."""
     request, sampling = seq.request, seq.request.sampling
