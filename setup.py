@@ -21,11 +21,17 @@ from setuptools.command.build_ext import build_ext
 PACKAGE = Path("liushui/kernels")
 SOURCES = "src" / PACKAGE / "cpu"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]
+AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
+AVX512 += ["-mfma", "-mf16c", "-mtune=icelake-server"]
 X86_64 = {
     "generic": [],
-    "avx2": ["-mavx2", "-mfma", "-mtune=haswell"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mtune=icelake-server"],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mtune=sapphirerapids"],
 }
+COMMON = ("library", "threads", "features")
+PER_INSTRUCTION_SET = ("kernels", "linear")
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 
@@ -42,15 +48,31 @@ def find_compiler() -> list[str]:
     raise BuildFailed("no C++ compiler found")
 
 
-def build_library(target: Path, objects: Path) -> None:
-    """Compile every object at once, then link. Raises `BuildFailed`."""
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    """Whether the compiler knows the instruction set; says so where it does not."""
+    probe = [*compiler, *flags, "-x", "c++", "-fsyntax-only", "-"]
+    known = subprocess.run(probe, input="", capture_output=True, text=True, check=False).returncode == 0
+    if not known:
+        sys.stderr.write(f"{compiler[0]} does not know {' '.join(flags)}: kernels for these are left out\n")
+    return known
+
+
+def build_library(target: Path, objects: Path, variants: dict[str, list[str]] | None = None) -> None:
+    """Compile every object at once, then link. Raises `BuildFailed`.
+
+    `variants`: the instruction sets and their flags; by default all that the compiler knows for this machine.
+    """
     if sys.platform not in ("linux", "darwin"):
         raise BuildFailed(f"not supported on {sys.platform} yet")
     compiler = find_compiler()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    jobs = [(f"{name}.cpp", name, []) for name in ("library", "threads")]
-    for isa, flags in (X86_64 if x86 else {"generic": []}).items():
-        jobs.append(("kernels.cpp", f"kernels-{isa}", [*flags, f"-DLS_ISA={isa}"]))
+    if variants is None:
+        variants = {isa: flags for isa, flags in X86_64.items() if accepts(compiler, flags)} if x86 else {"generic": []}
+    # The shared objects need to know of software that stands in for instructions (tests).
+    emulated = [flag for flag in ("-DLS_EMULATE",) if any(flag in flags for flags in variants.values())]
+    jobs = [(f"{name}.cpp", name, emulated) for name in COMMON]
+    for isa, flags in variants.items():
+        jobs += [(f"{name}.cpp", f"{name}-{isa}", [*flags, f"-DLS_ISA={isa}"]) for name in PER_INSTRUCTION_SET]
     objects.mkdir(parents=True, exist_ok=True)
     outputs = [str(objects / f"{name}.o") for _, name, _ in jobs]
 

@@ -49,7 +49,6 @@ def test_a_column_does_not_depend_on_how_many_there_are(name: str) -> None:
 
 def test_no_rows_and_types_without_a_product(ops: Ops) -> None:
     packed = ops.pack_linear(torch.randn(20, 8))
-    assert ops.pack_linear(torch.randn(20, 8).bfloat16()) is None
     if packed is None:
         assert ops.name == "torch"
     else:

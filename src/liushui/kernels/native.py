@@ -16,8 +16,9 @@ from torch import Tensor
 
 from liushui.kernels.native_linear import NativeProducts
 from liushui.kernels.ops import PackedLinear
+from liushui.kernels.quantised import Quantised
 
-INSTRUCTION_SETS = ("avx512", "avx2", "generic")
+INSTRUCTION_SETS = ("amx", "avx512", "avx2", "generic")
 """Best first."""
 MAX_HEAD_DIM = 1024
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -220,8 +221,10 @@ class NativeOps:
         self._activation(dtype, self.threads, kind, x.data_ptr(), out.data_ptr(), x.shape[0], width)
         return out
 
-    def pack_linear(self, weight: Tensor) -> PackedLinear | None:
-        return self.products.pack(weight)
+    def pack_linear(
+        self, weight: Tensor | Quantised, bias: Tensor | None = None, form: str | None = None
+    ) -> PackedLinear | None:
+        return self.products.pack(weight, bias, form)
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
         return self.products.linear(x, packed, bias)

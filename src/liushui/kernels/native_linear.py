@@ -1,18 +1,78 @@
-"""The native products: weights packed once, then x @ weight.T + bias with an order of sums that ignores the batch."""
+"""The native products: weights packed once, then x @ weight.T + bias with an order of sums that ignores the batch.
+
+Integer weights (int8, 4 bits, and GGUF's blocks) stay as they are in memory. x is rounded to int8 in groups of 32, by
+itself for each row; a group's sum is exact, and groups are added in order.
+"""
 
 import ctypes
-from ctypes import c_int, c_long, c_void_p
+from collections.abc import Sequence
+from ctypes import c_int, c_int32, c_int64, c_long, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from liushui.kernels.ops import PackedLinear
+from liushui.kernels.quantised import Quantised
+
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "int4+min": 4, "int4 K": 5, "int6 K": 6}
+"""`WeightFormat` in linear.h."""
+SOURCES = {
+    "F32": (0, "float32"),
+    "BF16": (1, "bfloat16"),
+    "Q8_0": (2, "int8"),
+    "Q4_0": (3, "int4"),
+    "Q4_1": (4, "int4+min"),
+    "Q4_K": (5, "int4 K"),
+    "Q6_K": (6, "int6 K"),
+    "Q5_0": (7, "int8"),
+}
+"""What a weight is packed from: its number in quant_pack.h, and the format it is held in as it comes."""
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_STORE, _ADD = 0, 1
+_ALIGNMENT = 64
+
+
+class Record(ctypes.Structure):
+    """`PackedWeight` in linear.h."""
+
+    _fields_ = (
+        ("format", c_int32),
+        ("reserved", c_int32),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("data", c_void_p),
+        ("bias", c_void_p),
+        ("next", c_void_p),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeLinear(PackedLinear):
+    """A weight as the native products read it: the memory is `data`, and that of `others` further rows."""
+
+    records: tuple[Record, ...]
+    """One for each format, linked; the first is what the library is given."""
+    others: tuple[Tensor, ...]
+    bias: Tensor | None
+    """The bias, float32 [N], that the records point to."""
+
+    @property
+    def address(self) -> int:
+        """Of the first `PackedWeight`."""
+        return ctypes.addressof(self.records[0])
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + sum(other.nbytes for other in self.others)
+
 
 _ARGUMENTS: dict[str, list[Any]] = {
-    "panel": [],
-    "pack": [c_int, c_void_p, c_long, c_long, c_void_p],
-    "linear": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p, c_long],
+    "weight_bytes": [c_void_p],
+    "pack": [c_int, c_void_p, c_int, c_void_p, c_void_p],
+    "product": [c_int, c_void_p, c_void_p, c_int, c_long, c_void_p, c_int, c_int, c_long],
+    "embed": [c_int, c_void_p, c_void_p, c_long, c_void_p, c_int, c_long],
 }
 
 
@@ -23,42 +83,113 @@ class NativeProducts:
         functions = {}
         for name, arguments in _ARGUMENTS.items():
             function = library[f"liushui_{name}_{isa}"]  # an own object, not the shared attribute
-            function.argtypes, function.restype = arguments, c_int
+            function.argtypes, function.restype = arguments, c_int64 if name == "weight_bytes" else c_int
             functions[name] = function
-        self._pack, self._linear = functions["pack"], functions["linear"]
+        self._weight_bytes, self._pack = functions["weight_bytes"], functions["pack"]
+        self._product, self._embed = functions["product"], functions["embed"]
         self.threads = threads
-        self._panel = functions["panel"]()
-        self._layout = f"float32 panels of {self._panel}"
+        self._layout = f"native {isa}"
 
-    def pack(self, weight: Tensor) -> PackedLinear | None:
-        """float32 [N, K] in panels of columns; None for bfloat16."""
-        if weight.dtype != torch.float32:
-            return None
-        if not weight.is_contiguous():
+    def pack(self, weight: Tensor | Quantised, bias: Tensor | None = None, form: str | None = None) -> NativeLinear:
+        """weight [N, K] in float32 or bfloat16, or GGUF blocks; `form`: int8 or int4, to quantise float32."""
+        stacked = weight.parts if isinstance(weight, Quantised) else (_Part.of(weight),)
+        packed = [self._pack_part(part.rows, part.kind, part.shape, form) for part in stacked]
+        records, memory = [record for record, _ in packed], [memory for _, memory in packed]
+        dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        return self._linked(records, memory, bias, dtype)
+
+    def _linked(
+        self, records: list[Record], memory: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> NativeLinear:
+        outputs, begin = sum(int(record.n) for record in records), 0
+        if bias is not None:
+            if bias.numel() != outputs:
+                raise ValueError("linear: bias is not [N]")
+            bias = bias.float().contiguous()
+        for record, following in zip(records, [*records[1:], None], strict=True):
+            record.next = None if following is None else ctypes.addressof(following)
+            record.bias = None if bias is None else bias.data_ptr() + 4 * begin
+            begin += int(record.n)
+        names = {number: name for name, number in FORMATS.items()}
+        kind = f"{self._layout}: " + ", ".join(dict.fromkeys(names[record.format] for record in records))
+        return NativeLinear(
+            memory[0], outputs, int(records[0].k), dtype, kind, bias is not None,
+            records=tuple(records), others=tuple(memory[1:]), bias=bias,
+        )  # fmt: skip
+
+    def with_bias(self, packed: NativeLinear, bias: Tensor) -> NativeLinear:
+        """The same memory with another bias."""
+        records = [Record.from_buffer_copy(record) for record in packed.records]
+        return self._linked(records, [packed.data, *packed.others], bias, packed.dtype)
+
+    def _pack_part(self, rows: Tensor, kind: str, shape: tuple[int, int], form: str | None) -> tuple[Record, Tensor]:
+        source, held = SOURCES.get(kind, (None, None))
+        if source is None:
+            raise ValueError(f"native kernels have no product for {kind}")
+        if not rows.is_contiguous():
             raise ValueError("native kernels take contiguous tensors")
-        width, inner = weight.shape
-        panels = -(-width // self._panel)
-        packed = torch.empty((panels, inner, self._panel), dtype=torch.float32)
-        self._pack(self.threads, weight.data_ptr(), width, inner, packed.data_ptr())
-        return PackedLinear(packed, width, inner, weight.dtype, self._layout)
+        record = Record(format=FORMATS[form or str(held)], n=shape[0], k=shape[1])
+        nbytes = self._weight_bytes(ctypes.addressof(record))
+        if nbytes < 0:
+            raise ValueError(f"pack_linear: a weight of {list(shape)} cannot be held as {form or held}")
+        memory = torch.empty(nbytes + _ALIGNMENT, dtype=torch.uint8)
+        start = -memory.data_ptr() % _ALIGNMENT
+        record.data = memory.data_ptr() + start
+        if self._pack(self.threads, ctypes.addressof(record), source, rows.data_ptr(), record.data):
+            raise ValueError(f"pack_linear: {kind} cannot become {form or held}")
+        return record, memory
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
-        """x [M, K] -> [M, N]."""
-        rows, inner = x.shape
-        width = packed.out_features
-        if packed.kind != self._layout:
-            raise ValueError(f"linear: packed as {packed.kind}, not {self._layout}")
-        if x.dtype is not packed.dtype or (bias is not None and bias.dtype is not packed.dtype):
-            raise ValueError(f"native kernels take one type: the weight is packed for {packed.dtype}")
-        if inner != packed.in_features:
-            raise ValueError("linear: x is not [M, K]")
-        if bias is not None and bias.numel() != width:
-            raise ValueError("linear: bias is not [N]")
-        if not x.is_contiguous() or (bias is not None and not bias.is_contiguous()):
-            raise ValueError("native kernels take contiguous tensors")
+        """x [M, K] -> [M, N]. A `bias` replaces the one that was packed."""
+        known = self._known(packed)
+        bound = known if bias is None else self.with_bias(known, bias)
+        self._check_rows(x, known)
+        rows, width = x.shape[0], packed.out_features
         out = x.new_empty((rows, width))
-        self._linear(
-            self.threads, x.data_ptr(), rows, inner, packed.data.data_ptr(), None if bias is None else bias.data_ptr(),
-            out.data_ptr(), width,
-        )  # fmt: skip
+        kind = _TYPES[x.dtype]
+        self._product(self.threads, bound.address, x.data_ptr(), kind, rows, out.data_ptr(), kind, _STORE, width)
         return out
+
+    def embed(self, ids: Tensor, packed: PackedLinear, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` [T] of the weight in `dtype`, [T, K]."""
+        record = self._known(packed).address
+        ids = ids.to(torch.int64).contiguous()
+        out = torch.empty((ids.numel(), packed.in_features), dtype=dtype)
+        wrong = self._embed(
+            self.threads, record, ids.data_ptr(), ids.numel(), out.data_ptr(), _TYPES[dtype], packed.in_features
+        )
+        if wrong:
+            raise IndexError("embed: an id is outside the table")
+        return out
+
+    def _known(self, packed: PackedLinear) -> NativeLinear:
+        if not isinstance(packed, NativeLinear) or not packed.kind.startswith(self._layout):
+            raise ValueError(f"linear: packed as {packed.kind}, not {self._layout}")
+        return packed
+
+    def _check_rows(self, x: Tensor, packed: NativeLinear) -> None:
+        if x.dtype not in _TYPES or (packed.records[0].format == 0 and x.dtype is not torch.float32):
+            raise ValueError(f"native kernels take one type: {packed.kind} cannot take {x.dtype}")
+        if x.dim() != 2 or x.shape[1] != packed.in_features:
+            raise ValueError("linear: x is not [M, K]")
+        if not x.is_contiguous():
+            raise ValueError("native kernels take contiguous tensors")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    rows: Tensor
+    kind: str
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "_Part":
+        kinds = {torch.float32: "F32", torch.bfloat16: "BF16"}
+        if weight.dtype not in kinds:
+            raise ValueError(f"native kernels take float32 or bfloat16, not {weight.dtype}")
+        return cls(weight, kinds[weight.dtype], (weight.shape[0], weight.shape[1]))
+
+
+def formats(kinds: Sequence[str]) -> bool:
+    """Whether all of these GGUF types are held as they are, and can share one preparation of x."""
+    return all(kind in SOURCES and kind not in ("F32", "BF16") for kind in kinds)

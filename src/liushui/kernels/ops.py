@@ -17,6 +17,7 @@ from torch import Tensor
 
 from liushui.config import Kernels
 from liushui.errors import ParameterError
+from liushui.kernels.quantised import Quantised
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class PackedLinear:
     """Type of the activations it is multiplied with."""
     kind: str
     """The layout's name; only the implementation that packed it can read it."""
+    has_bias: bool = False
+    """Whether the bias is kept with it: `linear` then adds it without being given it."""
 
 
 class Ops(Protocol):
@@ -113,8 +116,13 @@ class Ops(Protocol):
         """[T, I] -> GELU in its tanh approximation, as GPT-2 has it (Hendrycks and Gimpel 2016), [T, I]."""
         ...
 
-    def pack_linear(self, weight: Tensor) -> PackedLinear | None:
-        """weight [N, K] copied into this implementation's layout, or None where it has no product for the type."""
+    def pack_linear(
+        self, weight: Tensor | Quantised, bias: Tensor | None = None, form: str | None = None
+    ) -> PackedLinear | None:
+        """weight [N, K] copied into this implementation's layout, or None where it has no product for the type.
+
+        The bias [N] may be kept with it. `form` (int8, int4): a float32 weight is quantised in groups of 32.
+        """
         ...
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:

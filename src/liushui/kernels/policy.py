@@ -42,10 +42,10 @@ class KernelPolicy:
         if self.numerics == "fast":
             self._linear_kinds.add("vendor product, unconstrained")
             return PlainLinear(weight, bias)
-        packed = self.ops.pack_linear(weight)
+        packed = self.ops.pack_linear(weight, bias)
         if packed is not None:
             self._linear_kinds.add(f"{self.ops.name} product")
-            return OpsLinear(self.ops, packed, bias)
+            return OpsLinear(self.ops, packed, None if packed.has_bias else bias)
         self._linear_kinds.add("vendor product in certified row counts")
         key = (*weight.shape, weight.dtype, bias is None)
         certificate = self._certificates.setdefault(key, RowCertificate())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from liushui.kernels.ops import PackedLinear
+from liushui.kernels.quantised import Quantised
 
 LN2_HIGH = float.fromhex("0x1.62e42feep-1")
 LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
@@ -175,7 +176,9 @@ class TorchOps:
     def gelu_new(self, x: Tensor) -> Tensor:
         return gelu_tanh(x.double()).to(x.dtype)
 
-    def pack_linear(self, weight: Tensor) -> PackedLinear | None:
+    def pack_linear(
+        self, weight: Tensor | Quantised, bias: Tensor | None = None, form: str | None = None
+    ) -> PackedLinear | None:
         """None: torch's own product serves, in the row counts that `kernels.linear` certifies."""
         return None
 

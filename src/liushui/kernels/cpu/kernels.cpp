@@ -1,7 +1,6 @@
 // The kernels under their C names, compiled once per instruction set: liushui_<op>_<LS_ISA>. `type` is 0 for
 // float32 and 1 for bfloat16; a non-zero result means an index out of range.
 #include "attention.h"
-#include "gemm.h"
 #include "rows.h"
 
 #define LS_JOIN2(a, b) liushui_##a##_##b
@@ -72,20 +71,4 @@ LS_EXPORT(int, attention)(int type, int threads, const void* qkv, long qkv_strid
   return (type ? attention<bf16> : attention<float>)(threads, qkv, qkv_stride, out, rows, num_heads, num_kv_heads,
                                                      head_dim, k_cache, v_cache, num_blocks, block_size, query_start,
                                                      seq_lens, block_table, num_sequences, max_blocks, scale, window);
-}
-
-LS_EXPORT(int, panel)() { return kPanel; }
-
-LS_EXPORT(int, pack)(int threads, const float* weight, long width, long in, float* packed) {
-  Pack a = {weight, packed, width, in};
-  const long panels = (width + kPanel - 1) / kPanel;
-  liushui::use_huge_pages(packed, (size_t)(panels * kPanel * in) * sizeof(float));
-  liushui::parallel(threads, panels, pack_task, &a);
-  return 0;
-}
-
-LS_EXPORT(int, linear)(int threads, const float* x, long rows, long in, const float* packed, const float* bias,
-                       float* out, long width) {
-  run_linear(threads, Linear{x, packed, bias, out, rows, in, width, 0, 0, 0});
-  return 0;
 }

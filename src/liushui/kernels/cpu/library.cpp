@@ -104,15 +104,3 @@ AttentionPlan plan_attention(int threads, int num_sequences, const int32_t* quer
 }
 
 }  // namespace liushui
-
-// Whether this processor (and its system) can run the code compiled for an instruction set.
-LS_EXPORT int liushui_supports(const char* isa) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!strcmp(isa, "avx512"))
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (!strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  return !strcmp(isa, "generic");
-}

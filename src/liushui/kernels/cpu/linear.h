@@ -69,6 +69,9 @@ void prepare_rows(const PackedWeight& weight, const void* x, int x_type, long ro
 void multiply(const PackedWeight& weight, const void* prepared, int x_type, long rows, const Output& out, int worker,
               int workers);
 
+// Rows ids[begin .. end) of the weight, dequantised, to rows [begin, end) of out (kStore). The ids are in range.
+void embed_rows(const PackedWeight& weight, const int64_t* ids, long begin, long end, const Output& out);
+
 }  // namespace LS_ISA
 #endif
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from liushui.kernels.ops import PackedLinear
+from liushui.kernels.quantised import Quantised
 from liushui.kernels.triton import attention, cache, common, products, rows
 
 _FUSED_NORM = 2048
@@ -69,8 +70,12 @@ class TritonOps:
     def gelu_new(self, x: Tensor) -> Tensor:
         return rows.activate(x, False, "gelu", self.chained)
 
-    def pack_linear(self, weight: Tensor) -> PackedLinear:
+    def pack_linear(
+        self, weight: Tensor | Quantised, bias: Tensor | None = None, form: str | None = None
+    ) -> PackedLinear:
         """The weight as it is: nothing is copied."""
+        if not isinstance(weight, Tensor) or form is not None:
+            raise ValueError("triton kernels take float32 or bfloat16 weights")
         return PackedLinear(weight, weight.shape[0], weight.shape[1], weight.dtype, "triton")
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,354 @@
+// Products with integer weights: y[n] = sum over groups g of scale[n, g] * (s[g] * I[n, g]) + minimum[n, g] * t[g],
+// where x is about s * q in groups of 32 (q int8, s float), I the exact sum of a group's integer products and t = s
+// times the sum of q. Groups are added in order by fused operations, so neither the instruction that forms I nor the
+// number of rows can be seen in y.
+//
+// A panel holds 16 columns: the values of all groups, [group][k / 4][column][k % 4] (in 4 bits: rows k / 4 and
+// k / 4 + 4 share a byte), then the scales.
+#pragma once
+#include "product.h"
+#if defined(LS_EMULATE)
+#include "emulate.h"
+#endif
+
+namespace {
+
+struct Format {
+  bool nibbles;          // 4 bits, else int8
+  int offset;            // taken off the values of 4 bits
+  int group;             // values that share a scale
+  bool minimum;          // whether there are minima
+  long value_bytes;      // of 32 rows of k in a panel
+  long scale_bytes;      // of a panel, per 256 (superblocks) or 32 values of k
+  long scale_block;
+};
+
+inline Format format_of(int format) {
+  switch (format) {
+    case liushui::kInt4: return {true, 8, 32, false, 256, 32, 32};
+    case liushui::kInt4Min: return {true, 0, 32, true, 256, 64, 32};
+    case liushui::kInt4K: return {true, 0, 32, true, 256, 64 + 8 * 32, 256};
+    case liushui::kInt6K: return {false, 0, 16, false, 512, 32 + 16 * 16, 256};
+    default: return {false, 0, 32, false, 512, 32, 32};
+  }
+}
+
+inline long groups_of(const PackedWeight& w) { return (w.k + kInnerGroup - 1) / kInnerGroup; }
+inline long quant_panel_bytes(const PackedWeight& w) {
+  const Format f = format_of(w.format);
+  const long groups = groups_of(w), blocks = (groups * kInnerGroup + f.scale_block - 1) / f.scale_block;
+  return groups * f.value_bytes + round_up(blocks * f.scale_bytes, 64);
+}
+
+// -- x in int8
+
+// A group of 16 rows of x. So the instructions for tiles and for single rows both find what they need together.
+struct alignas(64) PreparedGroup {
+  int8_t values[16][kInnerGroup];
+  float scale[16];
+  int32_t sums[2][16];  // of the first and the second 16 values
+  float shift[16];      // scale * sum
+};
+static_assert(sizeof(PreparedGroup) == 768, "48 bytes a row");
+
+template <class T>
+void quantise_group(const T* x, long count, PreparedGroup& to, int row) {
+  typedef int8_t vq __attribute__((vector_size(W)));
+  constexpr int kVectors = kInnerGroup / W;
+  vf v[kVectors];
+  vi largest = {};
+  for (int i = 0; i < kVectors; i++) {
+    const long left = count - i * W;
+    v[i] = left > 0 ? load_up_to(x + i * W, left) : vf{};
+    const vi magnitude = (vi)v[i] & 0x7fffffff;  // as integers they are in order, infinity and NaN at the end
+    const vi larger = magnitude > largest;
+    largest = (magnitude & larger) | (largest & ~larger);
+  }
+  int32_t lanes[W], most = 0;
+  memcpy(lanes, &largest, sizeof lanes);
+  for (int i = 0; i < W; i++) most = lanes[i] > most ? lanes[i] : most;
+  float bound;
+  memcpy(&bound, &most, 4);
+  const bool usable = most < 0x7f800000 && bound > 1e-35f;  // else all zero, times 0, infinity or NaN
+  const float inverse = usable ? 127.0f / bound : 0.0f;
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vi sums[2] = {};
+  for (int i = 0; i < kVectors; i++) {
+    const vi q = usable ? (vi)(v[i] * inverse + magic) - (vi)magic : vi{};
+    const vq bytes = __builtin_convertvector(q, vq);
+    memcpy(to.values[row] + i * W, &bytes, W);
+    sums[i * W / 16] += q;
+  }
+  for (int half = 0; half < 2; half++) {
+    int32_t total = 0;
+    memcpy(lanes, &sums[half], sizeof lanes);
+    for (int i = 0; i < W; i++) total += lanes[i];
+    to.sums[half][row] = total;
+  }
+  to.scale[row] = most < 0x7f800000 && !usable ? 0.0f : bound / 127.0f;
+  to.shift[row] = to.scale[row] * (float)(to.sums[0][row] + to.sums[1][row]);
+}
+
+template <class T>
+void quantise_rows(long k, const T* x, long begin, long end, PreparedGroup* prepared) {
+  const long groups = (k + kInnerGroup - 1) / kInnerGroup;
+  for (long row = begin; row < end; row++)
+    for (long g = 0; g < groups; g++)
+      quantise_group(x + row * k + g * kInnerGroup, k - g * kInnerGroup, prepared[row / 16 * groups + g],
+                     (int)(row % 16));
+}
+
+// -- scales
+
+#if defined(__F16C__)
+LS_INLINE void halves(const uint16_t* p, float* out) {  // 16 of them
+  _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+  _mm256_storeu_ps(out + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8))));
+}
+#else
+LS_INLINE void halves(const uint16_t* p, float* out) {
+  for (int i = 0; i < 16; i++) {  // exponent and mantissa moved; the product with 2^112 sets subnormal ones right
+    const uint32_t rest = p[i] & 0x7fffu, sign = (uint32_t)(p[i] & 0x8000u) << 16;
+    uint32_t bits = rest << 13;
+    float value;
+    memcpy(&value, &bits, 4);
+    value *= 5.192296858534828e33f;
+    memcpy(&bits, &value, 4);
+    if (rest >= 0x7c00u) bits = 0x7f800000u | (rest << 13);
+    bits |= sign;
+    memcpy(out + i, &bits, 4);
+  }
+}
+#endif
+
+// Scales (and minima) of a panel, [group][16]. A minimum is what is added to the value.
+inline void expand_scales(int format, const uint8_t* from, long groups, float* scales, float* minima) {
+  if (format == liushui::kInt8 || format == liushui::kInt4) {
+    for (long g = 0; g < groups; g++) halves((const uint16_t*)from + g * 16, scales + g * 16);
+  } else if (format == liushui::kInt4Min) {
+    for (long g = 0; g < groups; g++) {
+      halves((const uint16_t*)from + g * 32, scales + g * 16);
+      halves((const uint16_t*)from + g * 32 + 16, minima + g * 16);
+    }
+  } else if (format == liushui::kInt4K) {
+    for (long g = 0; g < groups; g++) {
+      const uint8_t* block = from + g / 8 * (64 + 8 * 32);
+      float scale[16], minimum[16];
+      halves((const uint16_t*)block, scale);
+      halves((const uint16_t*)block + 16, minimum);
+      const uint8_t* factors = block + 64 + g % 8 * 32;
+      for (int c = 0; c < 16; c++) scales[g * 16 + c] = scale[c] * (float)factors[c];
+      for (int c = 0; c < 16; c++) minima[g * 16 + c] = -(minimum[c] * (float)factors[16 + c]);
+    }
+  } else {
+    for (long g = 0; g < 2 * groups; g++) {
+      const uint8_t* block = from + g / 16 * (32 + 16 * 16);
+      float scale[16];
+      halves((const uint16_t*)block, scale);
+      const int8_t* factors = (const int8_t*)block + 32 + g % 16 * 16;
+      for (int c = 0; c < 16; c++) scales[g * 16 + c] = scale[c] * (float)factors[c];
+    }
+  }
+}
+
+// -- exact sums of four products per column
+
+LS_INLINE vi load_bytes(const void* p) {
+  vi v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Of 4-bit values 0 .. 15 (`Nibbles`) and of int8 (`Bytes`): begin, add steps of 4 values of k, finish. `correction`
+// is what must be taken off the values of this group, times the sum of q.
+#if (defined(__AVX512VNNI__) || defined(LS_EMULATE)) && LS_WIDTH == 16
+#if defined(LS_EMULATE)
+LS_INLINE vi dot4(vi sum, vi w, vi x) {
+  uint8_t a[64];
+  int8_t b[64];
+  memcpy(a, &w, 64);
+  memcpy(b, &x, 64);
+  for (int c = 0; c < 16; c++)
+    for (int i = 0; i < 4; i++) sum[c] += (int)a[4 * c + i] * (int)b[4 * c + i];
+  return sum;
+}
+#else
+LS_INLINE vi dot4(vi sum, vi w, vi x) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x); }
+#endif
+struct Nibbles {
+  typedef vi Sum;
+  static constexpr int kOffset = 0;
+  static LS_INLINE vi of(vi w) { return w; }
+  static LS_INLINE vi add(vi sum, vi w, vi x) { return dot4(sum, w, x); }
+  static LS_INLINE vi finish(vi sum) { return sum; }
+};
+struct Bytes : Nibbles {
+  static constexpr int kOffset = 128;
+  static LS_INLINE vi of(vi w) { return w ^ (int32_t)0x80808080u; }
+};
+#elif defined(__AVX2__)
+struct Nibbles {  // eight products of at most 15 * 127, two by two, stay within 16 bits
+  typedef vi Sum;
+  static constexpr int kOffset = 0;
+  static LS_INLINE vi of(vi w) { return w; }
+  static LS_INLINE vi add(vi sum, vi w, vi x) {
+    return (vi)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+  }
+  static LS_INLINE vi finish(vi sum) { return (vi)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
+};
+struct Bytes {  // |w| <= 128 times sign(w) x, |x| <= 127: two products stay within 16 bits
+  typedef vi Sum;
+  static constexpr int kOffset = 0;
+  static LS_INLINE vi of(vi w) { return w; }
+  static LS_INLINE vi add(vi sum, vi w, vi x) {
+    const __m256i pairs =
+        _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)x, (__m256i)w));
+    return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+  static LS_INLINE vi finish(vi sum) { return sum; }
+};
+#else
+struct Bytes {
+  typedef vi Sum;
+  static constexpr int kOffset = 0;
+  static LS_INLINE vi of(vi w) { return w; }
+  static LS_INLINE vi add(vi sum, vi w, vi x) {
+    for (int shift = 24; shift >= 0; shift -= 8) sum += ((w << shift) >> 24) * ((x << shift) >> 24);
+    return sum;
+  }
+  static LS_INLINE vi finish(vi sum) { return sum; }
+};
+struct Nibbles : Bytes {};
+#endif
+
+// -- few rows
+
+typedef int32_t __attribute__((may_alias)) word;  // four values of x
+
+// R rows times V vectors of columns of one panel, all groups of `kGroup` values.
+template <class Kind, int kGroup, bool kNibbles, int R, int V>
+LS_INLINE void quant_tile(const PreparedGroup* x, int row, const uint8_t* values, long value_bytes, long groups,
+                          int offset, const float* scales, const float* minima, float* out) {
+  constexpr int kSteps = kGroup / 4, kParts = kInnerGroup / kGroup;
+  vf total[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int c = 0; c < V; c++) total[r][c] = vf{};
+  for (long g = 0; g < groups; g++, values += value_bytes) {
+    for (long ahead = 0; ahead < value_bytes; ahead += 64) __builtin_prefetch(values + 8 * value_bytes + ahead, 0, 3);
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; part++) {
+      typename Kind::Sum sum[R][V];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < V; c++) sum[r][c] = typename Kind::Sum{};
+#pragma GCC unroll 8
+      for (int step = 0; step < (kNibbles ? kSteps / 2 : kSteps); step++) {
+#pragma GCC unroll 8
+        for (int c = 0; c < V; c++) {
+          const vi packed = load_bytes(values + (part * kSteps + step) * 64 + c * W * 4);
+          const vi low = kNibbles ? packed & 0x0f0f0f0f : Kind::of(packed);
+          const vi high = (packed >> 4) & 0x0f0f0f0f;
+#pragma GCC unroll 8
+          for (int r = 0; r < R; r++) {
+            const word* q = (const word*)x[g].values[row + r] + part * kSteps;
+            sum[r][c] = Kind::add(sum[r][c], low, q[step] + vi{});
+            if (kNibbles) sum[r][c] = Kind::add(sum[r][c], high, q[step + kSteps / 2] + vi{});
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const float scale = x[g].scale[row + r], shift = x[g].shift[row + r];
+        const int32_t q_sum = kParts == 2 ? x[g].sums[part][row + r] : x[g].sums[0][row + r] + x[g].sums[1][row + r];
+        const int32_t correction = offset * q_sum;
+#pragma GCC unroll 8
+        for (int c = 0; c < V; c++) {
+          const long at = (g * kParts + part) * 16 + c * W;
+          const vf exact = __builtin_convertvector(Kind::finish(sum[r][c]) - correction, vf);
+          total[r][c] = fma(exact * scale, load(scales + at), total[r][c]);
+          if (minima) total[r][c] = fma(splat(shift), load(minima + at), total[r][c]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int c = 0; c < V; c++) store(out + r * 16 + c * W, total[r][c]);
+}
+
+struct QuantPanel {
+  const uint8_t* values;
+  long value_bytes, groups;
+  int offset;
+  const float *scales, *minima;
+};
+
+// R rows times all 16 columns: as many vectors of columns at a time as the registers hold.
+template <class Kind, int kGroup, bool kNibbles, int R>
+void quant_rows(const PreparedGroup* x, int row, const QuantPanel& p, float* out) {
+  constexpr int kAll = 16 / W;
+  constexpr int V = R == 1 ? (kAll < 4 ? kAll : 4) : LS_REGISTERS == 16 && R == 2 ? (kAll < 2 ? kAll : 2) : 1;
+  for (int c = 0; c < 16; c += V * W)
+    quant_tile<Kind, kGroup, kNibbles, R, V>(x, row, p.values + c * 4, p.value_bytes, p.groups, p.offset + Kind::kOffset,
+                                             p.scales + c, p.minima ? p.minima + c : nullptr, out + c);
+}
+
+constexpr int kMostRows = LS_REGISTERS == 32 ? 8 : 4;
+
+// `count` rows from `row` on, within a tile of 16.
+template <class Kind, int kGroup, bool kNibbles>
+void quant_some_rows(const PreparedGroup* x, int row, int count, const QuantPanel& p, float* out) {
+  const auto step = [&](int rows, auto kernel) {
+    for (; count >= rows; count -= rows, row += rows, out += rows * 16) kernel(x, row, p, out);
+  };
+  if constexpr (kMostRows == 8) step(8, quant_rows<Kind, kGroup, kNibbles, 8>);
+  step(4, quant_rows<Kind, kGroup, kNibbles, 4>);
+  step(2, quant_rows<Kind, kGroup, kNibbles, 2>);
+  step(1, quant_rows<Kind, kGroup, kNibbles, 1>);
+}
+
+// Rows [begin, end) times one panel -> out [rows, 16].
+inline void quant_panel(const PackedWeight& w, const PreparedGroup* x, long begin, long end, const QuantPanel& p,
+                        float* out) {
+  for (long row = begin; row < end;) {
+    const int at = (int)(row % 16), count = (int)min_of(16 - at, end - row);
+    const PreparedGroup* tile = x + row / 16 * p.groups;
+    if (w.format == liushui::kInt6K)
+      quant_some_rows<Bytes, 16, false>(tile, at, count, p, out);
+    else if (w.format == liushui::kInt8)
+      quant_some_rows<Bytes, 32, false>(tile, at, count, p, out);
+    else
+      quant_some_rows<Nibbles, 32, true>(tile, at, count, p, out);
+    row += count;
+    out += count * 16;
+  }
+}
+
+constexpr long kQuantRows = 128;  // rows that pass over a panel while it is in the cache
+
+inline void quant_multiply(const PackedWeight& w, const PreparedGroup* x, long rows, long first_column,
+                           const Output& out, int worker, int workers) {
+  const Format f = format_of(w.format);
+  const long groups = groups_of(w), panels = (w.n + kColumns - 1) / kColumns, bytes = quant_panel_bytes(w);
+  const long row_blocks = (rows + kQuantRows - 1) / kQuantRows, scales = groups * (kInnerGroup / f.group) * kColumns;
+  float* scratch = (float*)liushui::scratch(liushui::kProduct,
+                                            (size_t)(2 * scales + kQuantRows * kColumns) * sizeof(float));
+  float* y = scratch + 2 * scales;
+  const Share share = share_of(panels * row_blocks, worker, workers);
+  for (long unit = share.begin; unit < share.end; unit++) {
+    const long panel = unit / row_blocks, row = unit % row_blocks * kQuantRows, end = min_of(rows, row + kQuantRows);
+    const uint8_t* values = (const uint8_t*)w.data + panel * bytes;
+    expand_scales(w.format, values + groups * f.value_bytes, groups, scratch, scratch + scales);
+    const QuantPanel p = {values, f.value_bytes, groups, f.offset, scratch, f.minimum ? scratch + scales : nullptr};
+    quant_panel(w, x, row, end, p, y);
+    const long column = panel * kColumns, count = min_of(kColumns, w.n - column);
+    for (long r = row; r < end; r++)
+      emit(out, w.bias ? w.bias + column : nullptr, worker, r, first_column + column, count, y + (r - row) * 16);
+  }
+}
+
+}  // namespace
