@@ -181,7 +181,7 @@ class DeviceSteps:
             graph, out = self.graphs[shape]
             graph.replay()
             return out
-        return self._compute(shape)
+        return self.compute(shape)
 
     def _capture(self, shape: StepShape) -> None:
         """Capture the step; a model that asks the host in between cannot be captured, and runs kernel by kernel."""
@@ -189,13 +189,14 @@ class DeviceSteps:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                out = self._compute(shape)
+                out = self.compute(shape)
         except RuntimeError as error:
             self.graph_failure = str(error).splitlines()[0]
             return
         self.graphs[shape] = graph, out
 
-    def _compute(self, shape: StepShape) -> Outputs:
+    def compute(self, shape: StepShape) -> Outputs:
+        """Launch the kernels of a step on what is staged."""
         ids, batch, sample = self.staging.tensors(shape)
         chained = self.ops.chained
         batch = replace(batch, ids=sampling.resolve(ids, self._feed, chained))

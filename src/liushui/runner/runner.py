@@ -89,6 +89,11 @@ class Runner:
         reserve = step_bytes(config, checkpoint.config) if on_gpu else 0
         if on_gpu:
             check_weights_fit(checkpoint, dtype, hardware.free_gpu_bytes(device, 0), reserve)
+        rehearsal = None
+        if on_gpu:
+            from liushui.runner.rehearsal import Rehearsal
+
+            rehearsal = Rehearsal(checkpoint, shape, config, dtype, device, longest)
         weights = Weights(checkpoint.names(), checkpoint.shape, checkpoint.load, dtype, device)
         try:
             with torch.inference_mode():
@@ -109,6 +114,8 @@ class Runner:
         runner = cls(model, shape, plan, dtype, notes, device)
         if ops.name == "triton":
             runner._run_on(device, ops, config)
+        if rehearsal is not None:
+            runner.notes.append(rehearsal.finish())
         return runner
 
     def _run_on(self, device: torch.device, ops: Ops, config: EngineConfig) -> None:

@@ -1,0 +1,139 @@
+"""The kernels of a model's steps, compiled side by side while its weights are still being read.
+
+A model of the same sizes is built from tensors that have no storage, and steps of several sizes run through it:
+launches become compilations (`kernels.triton.common.Kernel`), which Triton hands to threads. Nothing is computed, and
+what was not met here is compiled at its first use, as ever.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from liushui.config import EngineConfig
+from liushui.kernels.ops import PackedLinear
+from liushui.kernels.policy import KernelPolicy
+from liushui.kernels.triton import products
+from liushui.kernels.triton.common import INTERPRETED
+from liushui.kernels.triton.ops import TritonOps
+from liushui.layers.batch import KVCache
+from liushui.layers.blocks import Then
+from liushui.layers.weights import Weights
+from liushui.models.registry import ModelSizes, build
+from liushui.runner.device import DeviceSteps
+from liushui.runner.memory import GPU_BLOCK_SIZE
+from liushui.runner.staging import StepShape
+
+if TYPE_CHECKING:
+    from liushui.runner.runner import Checkpoint
+
+META = torch.device("meta")
+_TRIAL_ROWS = 256
+
+
+class CompileOnly(TritonOps):
+    """The operations on tensors without storage: of a product both kernels that may serve are compiled."""
+
+    def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+        weight, rows = packed.data, x.shape[0]
+        if not products.own_is_faster(rows, *weight.shape):
+            products.product(x[:_TRIAL_ROWS], weight, bias, False, _reference(weight))  # the certificate's
+        return products.product(x, weight, bias, self.chained)
+
+
+def _reference(weight: Tensor) -> products.Tiles | None:
+    return None if weight.dtype == torch.float32 else products.REFERENCE
+
+
+def distinct(layers: Sequence[Any]) -> list[Any]:
+    """The first of each kind of layer: the others launch the same kernels."""
+    kinds: dict[Any, Any] = {}
+    for layer in layers:
+        attention = layer.attention
+        while isinstance(attention, Then):
+            attention = attention.first
+        kinds.setdefault((attention.shape, type(getattr(layer, "mlp", None))), layer)
+    return list(kinds.values())
+
+
+def shapes(largest: StepShape) -> list[StepShape]:
+    """Steps as they come after a start: one sequence decoding, prompts of some lengths, several sequences decoding."""
+    width = min(largest.width, 128)
+    prompts = [StepShape(rows, 1, width, False) for rows in (1, 256, 64, 32, 16) if rows <= largest.rows]
+    return prompts + [StepShape(count, count, width, False) for count in (16, 64, 256) if count <= largest.sequences]
+
+
+class Rehearsal:
+    """Compiles in the background from its creation on; `finish` waits."""
+
+    def __init__(
+        self,
+        checkpoint: "Checkpoint",
+        sizes: ModelSizes,
+        config: EngineConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        longest: int,
+    ) -> None:
+        """`longest`: positions of a sequence."""
+        self._checkpoint, self._sizes, self._longest = checkpoint, sizes, longest
+        self._dtype, self._device = dtype, device
+        self._numerics, self._block_size = config.numerics, config.block_size or GPU_BLOCK_SIZE
+        self._largest = StepShape(config.step_tokens, config.seats, -(-longest // self._block_size), False)
+        self.note = ""
+        self._thread = threading.Thread(target=self._run, name="liushui-compile", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> str:
+        """Wait; returns a line for the start-up report."""
+        self._thread.join()
+        return self.note
+
+    def _run(self) -> None:
+        started = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                self._rehearse()
+        except Exception as error:  # a model that cannot be played through without values: compiled at first use
+            self.note = f"kernels are compiled at first use ({repr(error)[:120]})"
+        else:
+            self.note = f"kernels of the first steps: {time.perf_counter() - started:.2f} s, beside the weights"
+
+    def _rehearse(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        steps = self.steps()
+        if INTERPRETED:
+            self._play(steps)
+            return
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool, triton.AsyncCompileMode(pool):
+            self._play(steps)
+
+    def _play(self, steps: DeviceSteps) -> None:
+        for shape in shapes(self._largest):
+            steps.compute(shape)
+
+    def steps(self) -> DeviceSteps:
+        """The device's path around a model without storage."""
+        source, sizes = self._checkpoint, self._sizes
+
+        def load(name: str, dtype: torch.dtype) -> Tensor:
+            return torch.empty(source.shape(name), dtype=dtype, device=META)
+
+        ops = CompileOnly(self._device)
+        weights = Weights(source.names(), source.shape, load, self._dtype, META)
+        try:
+            model = build(source.config, weights, KernelPolicy(ops, self._numerics), self._longest)
+        finally:
+            weights.close()
+        model.layers = distinct(model.layers)  # type: ignore[attr-defined]
+        kv = KVCache.allocate(
+            sizes.num_layers, 1, sizes.num_kv_heads, self._block_size, sizes.head_dim, self._dtype, META
+        )
+        return DeviceSteps(model, ops, kv, META, self._block_size, self._largest)
