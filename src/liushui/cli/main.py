@@ -11,6 +11,7 @@ from liushui.cli.diff import diff
 from liushui.cli.explain import explain
 from liushui.cli.generate import generate
 from liushui.cli.models import models, pull
+from liushui.cli.serve import serve
 from liushui.cli.verify import verify
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, pull, models, demo, diff, explain, verify):
+for command in (generate, chat, serve, pull, models, demo, diff, explain, verify):
     app.command()(guarded(command))
 
 

@@ -34,7 +34,13 @@ HELP = {
 }
 """Where the words for a command line differ from the field's docstring, or the field explains itself."""
 
-FLAG_TYPES: dict[str, Any] = {"stop": list[str], "stop_token_ids": list[int], "logit_bias": str | None}
+FLAG_TYPES: dict[str, Any] = {
+    "stop": list[str],
+    "stop_token_ids": list[int],
+    "logit_bias": str | None,
+    "served_names": list[str],
+    "api_key": list[str],
+}
 """Fields whose type a command line cannot say."""
 
 METAVARS: dict[Any, str] = {
@@ -103,6 +109,8 @@ class Group:
         values = {
             item.name: given[self.keyword(item.name)] for item in fields(self.cls) if self.keyword(item.name) in given
         }
+        for name in {"served_names", "api_key"} & set(values):
+            values[name] = tuple(values[name])
         if values.get("max_tokens") == 0:
             values["max_tokens"] = None  # which a command line cannot say
         try:

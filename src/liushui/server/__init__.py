@@ -1,0 +1,1 @@
+"""The engine over HTTP: OpenAI's endpoints, bounded and safe without flags. Read `app.py` first."""

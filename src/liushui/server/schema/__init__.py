@@ -1,0 +1,1 @@
+"""What clients may send. One pydantic model per endpoint; every bound of every field is here."""

@@ -1,0 +1,157 @@
+"""Bytes in, bytes out: bodies that are bounded, events that stop when nobody listens."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from pydantic_core import from_json, to_json
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from liushui.server.errors import ApiError
+from liushui.server.visit import LOG, VISIT, Visit
+
+T = TypeVar("T")
+GONE = 499
+"""Status in the log and the metrics for a client that left (nginx's word)."""
+
+
+class ClientGoneError(Exception):
+    """Nobody is there to read the answer."""
+
+
+async def read_json(request: Request) -> Any:
+    """The body as JSON. Raises `ApiError`: 415 another type, 413 too much, 408 too slow, 400 no JSON."""
+    visit = visit_of(request)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "unsupported_media_type", "send JSON, with the header Content-Type: application/json")
+    too_large = ApiError(413, "body_too_large", f"the body may have at most {visit.max_body:,} bytes")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and (len(length) > 18 or int(length) > visit.max_body):
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(visit.body_timeout):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGoneError
+                body += message.get("body", b"")
+                if len(body) > visit.max_body:
+                    raise too_large
+                if not message.get("more_body"):
+                    break
+    except TimeoutError:
+        raise ApiError(408, "body_timeout", f"the body took longer than {visit.body_timeout:g} seconds") from None
+    try:
+        return from_json(bytes(body), allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, "invalid_json", f"the body is not JSON: {str(error)[:200]}") from None
+
+
+def visit_of(request: Request) -> Visit:
+    visit: Visit = request.scope[VISIT]
+    return visit
+
+
+class JsonResponse(Response):
+    """JSON by pydantic's encoder. Numbers are finite by then."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns. When the client leaves, `work` is cancelled and `ClientGoneError` raised."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        await _cancel(task, gone)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: "asyncio.Future[Any]") -> None:
+    """Cancel, and wait until that is done: what a task holds is given back before we go on."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def started(request: Request, events: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """`events`, the first of them waited for: what goes wrong until then is an answer with a status of its own."""
+
+    async def first() -> Any:
+        return await anext(events)
+
+    try:
+        event = await while_connected(request, first())
+    except BaseException:
+        await events.aclose()  # type: ignore[attr-defined]
+        raise
+
+    async def all_events() -> AsyncIterator[Any]:
+        async with aclosing(events):  # type: ignore[type-var]
+            yield event
+            async for later in events:
+                yield later
+
+    return all_events()
+
+
+class EventStream(Response):
+    """Server-sent events, ended by `data: [DONE]`. `events`: JSON values; closed in any case."""
+
+    def __init__(self, events: AsyncIterator[Any], visit: Visit) -> None:
+        self.status_code = 200
+        self.background = None
+        self.raw_headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+        self._events = events
+        self._visit = visit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.ensure_future(self._write(send))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+            else:
+                self._visit.code = "client_gone"
+        except (TimeoutError, OSError):
+            self._visit.code = "client_gone"
+        finally:
+            await _cancel(writing, gone)
+            await self._events.aclose()  # type: ignore[attr-defined]
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for event in self._events:
+                await self._send(send, b"data: " + to_json(event) + b"\n\n")
+        except ApiError as error:
+            self._visit.code = error.code
+            await self._send(send, b"data: " + to_json(error.body()) + b"\n\n")
+        except Exception:
+            LOG.exception("failed", extra={"facts": self._visit.record()})
+            self._visit.code = "internal_error"
+            body = ApiError(500, "internal_error", "the answer broke off; the server's log says why").body()
+            await self._send(send, b"data: " + to_json(body) + b"\n\n")
+        await self._send(send, b"data: [DONE]\n\n", last=True)
+
+    async def _send(self, send: Send, data: bytes, last: bool = False) -> None:
+        async with asyncio.timeout(self._visit.write_timeout):
+            await send({"type": "http.response.body", "body": data, "more_body": not last})
