@@ -5,6 +5,7 @@ starts from its parent's: a parent that had loaded torch would be charged to eve
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -14,7 +15,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -138,12 +140,24 @@ def time_to_first_line(mode: str, payload: dict[str, Any]) -> float:
     return seconds
 
 
-def interleave(specs: Sequence[Spec], rounds: int) -> dict[str, list[Result]]:
+@contextmanager
+def alone(arguments: argparse.Namespace) -> Iterator[None]:
+    """Hold the locks asked for, then let the machine rest: others who use it can take turns with the contenders."""
+    with ExitStack() as stack:
+        for path in arguments.lock:
+            fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX)
+        yield
+    time.sleep(arguments.rest)
+
+
+def interleave(specs: Sequence[Spec], arguments: argparse.Namespace) -> dict[str, list[Result]]:
     """Rounds of A B C, A B C, ...: a slow minute of the machine falls on all contenders alike."""
+    rounds = arguments.rounds
     results: dict[str, list[Result]] = {spec.label: [] for spec in specs}
     for number in range(1, rounds + 1):
         for spec in specs:
-            result = run_spec(spec)
+            with alone(arguments):
+                result = run_spec(spec)
             results[spec.label].append(result)
             say(f"round {number}/{rounds}  {spec.label}: {result.rate:.1f} tokens/s, {result.seconds:.1f} s")
     return results
@@ -260,6 +274,8 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
         help="the engine's widest batch (default: %(default)s, as the widest static batch of the peer)",
     )
     add("--json", type=Path, metavar="OUT", help="also write everything measured to this file")
+    add("--lock", type=Path, metavar="FILE", action="append", default=[], help="hold this file's lock while one runs")
+    add("--rest", type=float, metavar="S", default=0.0, help="seconds between two runs (default: %(default)s)")
 
 
 def begin(title: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     facts, found = begin("invariance_cost: answers free of the batch, beside unconstrained products", arguments)
     invariant = engine_spec("invariant", arguments, found)
-    results = interleave([invariant, replace(invariant, label="fast", numerics="fast")], arguments.rounds)
+    results = interleave([invariant, replace(invariant, label="fast", numerics="fast")], arguments)
     print(cost_table(results), "\n")
     print(notes_of(results))
     write_json(arguments.json, report(arguments, facts, found, results))

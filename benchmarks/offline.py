@@ -17,6 +17,7 @@ from common import (
     HF_BATCHES,
     Result,
     Spec,
+    alone,
     begin,
     common_arguments,
     engine_spec,
@@ -38,9 +39,9 @@ def main() -> None:
     arguments = parse()
     facts, found = begin("offline: all requests at once, tokens out per second", arguments)
     specs = contenders(arguments, found, hf_dtypes(found["dtype"], facts["bf16_hardware"]))
-    results = interleave(specs, arguments.rounds)
+    results = interleave(specs, arguments)
     print(throughput_table(results), "\n", flush=True)
-    startups = time_startups(specs, arguments.rounds)
+    startups = time_startups(specs, arguments)
     print(startup_table(startups), "\n")
     print(notes_of({label: rounds for label, rounds in results.items() if label in (CONTINUOUS, specs[-1].label)}))
     write_json(arguments.json, report(arguments, facts, found, results) | {"startup_seconds": startups})
@@ -115,16 +116,17 @@ def throughput_table(results: Mapping[str, Sequence[Result]]) -> str:
     return table(columns, rows)
 
 
-def time_startups(specs: Sequence[Spec], rounds: int) -> dict[str, list[float]]:
+def time_startups(specs: Sequence[Spec], arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds from process start to the first token, interleaved; one peer is enough (batch 1)."""
     chosen = [next(spec for spec in specs if spec.kind == "liushui")]
     chosen += [spec for spec in specs if spec.kind == "transformers"][:1]
     seconds: dict[str, list[float]] = {spec.kind: [] for spec in chosen}
-    for number in range(1, rounds + 1):
+    for number in range(1, arguments.rounds + 1):
         for spec in chosen:
             payload = {"kind": spec.kind, "model": spec.model, "dtype": spec.dtype}
-            seconds[spec.kind].append(time_to_first_line("startup", payload))
-            say(f"round {number}/{rounds}  {spec.kind}: first token after {seconds[spec.kind][-1]:.2f} s")
+            with alone(arguments):
+                seconds[spec.kind].append(time_to_first_line("startup", payload))
+            say(f"round {number}/{arguments.rounds}  {spec.kind}: first token after {seconds[spec.kind][-1]:.2f} s")
     return seconds
 
 
