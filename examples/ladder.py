@@ -52,7 +52,7 @@ def load(model: str | None = None) -> House:
     name = model or (sys.argv[1] if len(sys.argv) > 1 else "smollm2")
     checkpoint = loading.open_checkpoint(loading.resolve(name))
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
-    config = EngineConfig(model=name, device="cpu", dtype="float32", kv_cache_gib=0.01, max_model_len=128)
+    config = EngineConfig(model=name, device="cpu", dtype="float32", kv_cache_gib=0.01, max_model_len=128, threads=1)
     packed = Runner.load(config, checkpoint).model
     requests = [(tokenizer.encode(text), wanted) for text, wanted in REQUESTS]
     return House(PaddedModel(packed), packed, requests, tokenizer.decode)
