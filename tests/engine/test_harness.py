@@ -1,6 +1,7 @@
 """lm-evaluation-harness on a tiny model: a local task, rolling likelihoods, answers."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,6 @@ from tests.support import tiny
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
-DOCS = [
-    {"question": "the quick brown", "choices": [" fox", " dog", " moon"], "answer": 0},
-    {"question": "over the lazy", "choices": [" dog", " the", " quick"], "answer": 1},
-    {"question": "two  spaces", "choices": [" and", " a"], "answer": 0},
-]
-
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
@@ -31,18 +26,31 @@ def asked(*pairs: Any) -> list[Any]:
     return [SimpleNamespace(args=pair) for pair in pairs]
 
 
-def test_a_local_task(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def shipped_docs(count: int) -> list[dict[str, Any]]:
+    """Which end belongs to the beginning? Made from the prompts that liushui ships."""
+    lines = (files("liushui") / "data" / "prompts.jsonl").read_text("utf-8").splitlines()
+    texts = [text for text in (json.loads(line)["prompt"] for line in lines) if text.isascii() and 6 < len(text) < 90]
+    halves = [(" ".join(words[: len(words) // 2]), words[len(words) // 2 :]) for words in map(str.split, texts)]
+    ends = ["".join(f" {word}" for word in rest) for _, rest in halves]
+    docs = []
+    for i, (beginning, _) in enumerate(halves[:count]):
+        choices = [ends[(i + step * 3) % len(ends)] for step in range(3)]
+        docs.append({"question": beginning, "choices": choices[i % 3 :] + choices[: i % 3], "answer": -i % 3})
+    return docs
+
+
+def evaluate(llm: LLM, docs: list[dict[str, Any]], folder: Path) -> float:
+    """The accuracy that lm-evaluation-harness finds."""
     import lm_eval
 
     from liushui.engine.harness import HarnessLM
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "docs.jsonl"
-    path.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
+    path = folder / "docs.jsonl"
+    path.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     task = {
-        "task": "tiny_choices",
+        "task": "shipped_halves",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(tmp_path / "cache")},
+        "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(folder / "cache")},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
@@ -52,11 +60,26 @@ def test_a_local_task(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "metric_list": [{"metric": "acc"}],
     }
     found = lm_eval.simple_evaluate(HarnessLM(llm), tasks=[task], bootstrap_iters=0)
+    return float(found["results"]["shipped_halves"]["acc,none"])
+
+
+def test_a_local_task(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    docs = [doc for doc in shipped_docs(12) if max(map(len, [doc["question"], *doc["choices"]])) < 30]
+    assert len(docs) >= 3
     right = 0
-    for doc in DOCS:
+    for doc in docs:
         scores = llm.score(doc["question"], doc["choices"], use_tqdm=False)
-        right += max(range(len(scores)), key=lambda i: scores[i].logprob) == doc["answer"]
-    assert found["results"]["tiny_choices"]["acc,none"] == pytest.approx(right / len(DOCS))
+        right += max(range(3), key=lambda i: scores[i].logprob) == doc["answer"]
+    assert evaluate(llm, docs, tmp_path) == pytest.approx(right / len(docs))
+
+
+@pytest.mark.real_model
+def test_the_default_model_on_a_local_task(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far above chance, a third: the scores mean something."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    llm = LLM(str(smollm2), dtype="float32", kv_cache_gib=0.1)
+    assert evaluate(llm, shipped_docs(20), tmp_path) >= 0.7
 
 
 def test_rolling_scores_every_token_once(llm: LLM) -> None:
