@@ -77,7 +77,7 @@ async def _until_stopped(
 ) -> None:
     server = _Server(
         uvicorn.Config(
-            build_app(engine, config, keys),  # type: ignore[arg-type]  # an ASGI application
+            build_app(engine, config, keys),
             http="h11",
             ws="none",
             lifespan="off",
