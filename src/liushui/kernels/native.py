@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liushui.errors import ParameterError
 from liushui.kernels.native_linear import NativeProducts
+from liushui.kernels.native_step import DecoderParts, NativeStep, fits
 from liushui.kernels.ops import PackedLinear
 from liushui.kernels.quantised import Quantised
 
@@ -27,11 +29,11 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "norm": [c_int, c_int, *[c_void_p] * 5, c_long, c_long, c_float, c_float, c_int],
     "activation": [c_int, c_int, c_int, c_void_p, c_void_p, c_long, c_long],
     "to_cache": [
-        *[c_int] * 2, c_void_p, *[c_int] * 3, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_int,
+        *[c_int] * 2, c_void_p, *[c_int] * 3, c_void_p, c_void_p, c_long, *[c_void_p] * 4, c_long, c_int,
         c_void_p, c_long, c_int, c_void_p, c_void_p, c_float,
     ],
     "attention": [
-        *[c_int] * 2, c_void_p, c_long, c_void_p, c_long, *[c_int] * 3, c_void_p, c_void_p, c_long, c_int,
+        *[c_int] * 2, c_void_p, c_long, c_void_p, c_long, *[c_int] * 3, *[c_void_p] * 4, c_long, c_int,
         c_void_p, c_void_p, c_void_p, c_int, c_int, c_float, c_int,
     ],
 }  # fmt: skip
@@ -50,8 +52,13 @@ def _library() -> ctypes.CDLL:
         reason = folder / "_cpu.reason"
         why = reason.read_text(encoding="utf-8").strip() if reason.exists() else "the package was not installed by pip"
         raise NativeUnavailableError(f"not built ({why})")
+    return open_library(found[0])
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """The library at `path`. Raises `NativeUnavailableError`."""
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(path))
         library.liushui_supports.argtypes = [c_char_p]
     except (OSError, AttributeError) as error:
         raise NativeUnavailableError(f"cannot be loaded ({error})") from None
@@ -89,9 +96,11 @@ class NativeOps:
     def __init__(self, threads: int, isa: str | None = None) -> None:
         library = _library()
         usable = [name for name in INSTRUCTION_SETS if library.liushui_supports(name.encode())]
-        usable = [name for name in usable if hasattr(library, f"liushui_norm_{name}")]
-        if not usable or (isa is not None and isa not in usable):
-            raise NativeUnavailableError(f"no code for this processor ({isa or 'any'}; it has {', '.join(usable)})")
+        usable = [name for name in usable if hasattr(library, f"liushui_product_{name}")]
+        if not usable:
+            raise NativeUnavailableError("built for another processor, or from older sources")
+        if isa is not None and isa not in usable:
+            raise ParameterError("isa", f"{isa} is not among what this machine and build have: {', '.join(usable)}")
         self.isa = isa or usable[0]
         self.threads = threads
         self.note = f"native kernels: {self.isa}, {threads} thread{'s' if threads > 1 else ''}"
@@ -107,6 +116,15 @@ class NativeOps:
         For models part of whose work is torch's own, so that two pools do not fight for the same cores.
         """
         _library().liushui_use_openmp(_torch_openmp() if with_torch else None)
+
+    def step(
+        self, parts: DecoderParts, keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None = None
+    ) -> NativeStep | None:
+        """All layers of a decoder in one call; None where a step cannot run it.
+
+        keys, values [num_layers, num_blocks, Hk, block_size, D]; scales [num_layers, num_blocks, Hk, block_size].
+        """
+        return NativeStep(_library(), self.isa, self.threads, parts, keys, values, scales) if fits(parts) else None
 
     def _function(self, library: ctypes.CDLL, name: str) -> Any:
         function = library[f"liushui_{name}_{self.isa}"]  # an own object, not the shared attribute
@@ -150,10 +168,14 @@ class NativeOps:
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        kind = _type_of(qkv, k_cache, v_cache, q_norm, k_norm)
+        """See `Ops`. With `scales` of keys and values [num_blocks, Hk, block_size] float32 the caches are int8: a head's
+        key is written as round(k / scale) with scale = max |k| / 127."""
+        kind = _type_of(qkv, q_norm, k_norm)
         tokens, width = qkv.shape
         blocks, block_size = _check_heads(width, num_heads, num_kv_heads, head_dim, k_cache, v_cache)
+        k_scales, v_scales = _check_cache(qkv.dtype, k_cache, v_cache, scales)
         _check_indices(positions, slots)
         right = positions.numel() == tokens == slots.numel()
         _check(right, "qkv_to_cache: positions and slots are not [T]")
@@ -166,7 +188,7 @@ class NativeOps:
             _check(right, "qkv_to_cache: rope is not float32 [max_position, R] with an even R <= D")
         wrong = self._to_cache(
             kind, self.threads, qkv.data_ptr(), num_heads, num_kv_heads, head_dim, positions.data_ptr(),
-            slots.data_ptr(), tokens, k_cache.data_ptr(), v_cache.data_ptr(), blocks, block_size,
+            slots.data_ptr(), tokens, k_cache.data_ptr(), v_cache.data_ptr(), k_scales, v_scales, blocks, block_size,
             _pointer(rope), max_position, rotary, _pointer(q_norm), _pointer(k_norm), eps,
         )  # fmt: skip
         if wrong:
@@ -185,10 +207,13 @@ class NativeOps:
         block_table: Tensor,
         scale: float,
         window: int | None = None,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        kind = _type_of(qkv, k_cache, v_cache)
+        """See `Ops`; `scales` as in `qkv_to_cache`."""
+        kind = _type_of(qkv)
         rows, width = qkv.shape
         blocks, block_size = _check_heads(width, num_heads, num_kv_heads, head_dim, k_cache, v_cache)
+        k_scales, v_scales = _check_cache(qkv.dtype, k_cache, v_cache, scales)
         _check_indices(query_start, seq_lens, block_table)
         sequences, max_blocks = block_table.shape
         right = query_start.numel() == sequences + 1 and seq_lens.numel() == sequences
@@ -199,7 +224,7 @@ class NativeOps:
             return out
         wrong = self._attention(
             kind, self.threads, qkv.data_ptr(), width, out.data_ptr(), rows, num_heads, num_kv_heads, head_dim,
-            k_cache.data_ptr(), v_cache.data_ptr(), blocks, block_size, query_start.data_ptr(),
+            k_cache.data_ptr(), v_cache.data_ptr(), k_scales, v_scales, blocks, block_size, query_start.data_ptr(),
             seq_lens.data_ptr(), block_table.data_ptr(), sequences, max_blocks, scale, window or 0,
         )  # fmt: skip
         if wrong:
@@ -266,3 +291,19 @@ def _check_heads(
     if heads != num_kv_heads or dim != head_dim or v_cache.shape != shape:
         raise ValueError("the caches are not [num_blocks, Hk, block_size, D]")
     return blocks, block_size
+
+
+def _check_cache(
+    dtype: torch.dtype, k_cache: Tensor, v_cache: Tensor, scales: tuple[Tensor, Tensor] | None
+) -> tuple[int | None, int | None]:
+    """Where the scales of an int8 cache lie; None for a cache of the arithmetic type."""
+    held = torch.int8 if scales is not None else dtype
+    for part in (k_cache, v_cache):
+        if part.dtype is not held or not part.is_contiguous():
+            raise ValueError(f"native kernels take one type: the cache is {part.dtype}, not contiguous {held}")
+    if scales is None:
+        return None, None
+    for scale in scales:
+        if scale.dtype is not torch.float32 or scale.shape != k_cache.shape[:3] or not scale.is_contiguous():
+            raise ValueError("the scales are not contiguous float32 [num_blocks, Hk, block_size]")
+    return scales[0].data_ptr(), scales[1].data_ptr()

@@ -133,8 +133,9 @@ class Ops(Protocol):
 def load_ops(kind: Kernels, threads: int, *, isa: str | None = None) -> Ops:
     """The implementation asked for. `auto` takes plain torch where the native library cannot serve, and notes why.
 
-    `isa` forces an instruction set (avx512, avx2, generic) of the native library, for tests. Raises
-    `ParameterError` for a native library that is asked for and cannot serve.
+    `isa` forces an instruction set (amx, avx512, avx2, generic) of the native library, for tests. Raises
+    `ParameterError` for a native library that is asked for and cannot serve, and for an instruction set that this
+    machine does not have.
     """
     from liushui.kernels.native import NativeOps, NativeUnavailableError
     from liushui.kernels.reference import TorchOps

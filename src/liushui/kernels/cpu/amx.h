@@ -4,7 +4,7 @@
 #pragma once
 #include "product.h"
 
-#if defined(LS_EMULATE)
+#if defined(LS_EMULATE_AMX)
 #include "emulate.h"
 #elif defined(__AMX_TILE__)
 #define LS_TILE_CONFIG(config) \

@@ -7,9 +7,6 @@
 // k / 4 + 4 share a byte), then the scales.
 #pragma once
 #include "product.h"
-#if defined(LS_EMULATE)
-#include "emulate.h"
-#endif
 
 namespace {
 
