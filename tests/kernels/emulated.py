@@ -1,0 +1,66 @@
+"""The native products with software in place of the AMX and VNNI instructions, built for the tests."""
+
+import hashlib
+import importlib.util
+import os
+import platform
+import tempfile
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import setuptools
+
+from liushui.kernels.native import open_library
+from liushui.kernels.native_linear import NativeProducts
+
+ROOT = Path(__file__).parents[2]
+
+
+def _setup() -> ModuleType:
+    """setup.py as a module, without its setup()."""
+    spec = importlib.util.spec_from_file_location("liushui_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.object(setuptools, "setup"):
+        spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def library() -> Path:
+    """`_cpu.so` with the instruction sets avx512 and amx, emulated; built once for each state of the sources."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or "avx2" not in _cpu_flags():
+        pytest.skip("the emulation is made of AVX2")
+    module = _setup()
+    module.PER_INSTRUCTION_SET = ("linear",)
+    sources = sorted((ROOT / module.SOURCES).glob("*.*"))
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in [ROOT / "setup.py", *sources])).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"liushui-emulated-{os.getuid()}-{state}"
+    target = folder / f"_cpu{module.SUFFIX}"
+    if not target.exists():
+        flags = ["-mavx2", "-mfma", "-mf16c", "-O2", "-DLS_EMULATE", "-DLS_WIDTH=16", "-DLS_REGISTERS=32"]
+        variants = {"avx512": flags, "amx": [*flags, "-DLS_EMULATE_AMX"]}
+        made = folder / f"{os.getpid()}{module.SUFFIX}"
+        here = Path.cwd()
+        os.chdir(ROOT)
+        try:
+            module.build_library(made, folder / f"objects-{os.getpid()}", variants)
+        except (module.BuildFailed, OSError) as error:
+            pytest.skip(f"cannot be built: {error}")
+        finally:
+            os.chdir(here)
+        made.replace(target)
+    return target
+
+
+def products(isa: str, threads: int) -> NativeProducts:
+    return NativeProducts(open_library(library()), isa, threads)
+
+
+def _cpu_flags() -> str:
+    info = Path("/proc/cpuinfo")
+    return info.read_text(encoding="utf-8") if info.exists() else ""
