@@ -197,7 +197,9 @@ def test_stream_options(server: Running) -> None:
     plain = events(server.chat(stream=True, max_tokens=3).text)
     assert all("usage" not in chunk for chunk in plain)
     counted = events(server.chat(stream=True, max_tokens=3, stream_options={"continuous_usage_stats": True}).text)
-    assert [chunk["usage"]["completion_tokens"] for chunk in counted] == [0, 1, 2, 3]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in counted]
+    assert counts == sorted(counts)  # a slow reader gets several tokens in one chunk
+    assert (counts[0], counts[-1]) == (0, 3)
     refused = server.chat(stream=True, stream_options={"include_obfuscation": True}).json()["error"]
     assert refused["param"] == "stream_options.include_obfuscation"
     assert set(StreamOptions.model_fields) == {"include_usage", "continuous_usage_stats", "include_obfuscation"}

@@ -23,7 +23,7 @@ from liushui.server import small
 from liushui.server.chat import chat_completions
 from liushui.server.completions import completions
 from liushui.server.door import Door
-from liushui.server.errors import ApiError, refusal
+from liushui.server.errors import INTERNAL, ApiError, refusal
 from liushui.server.house import House
 from liushui.server.keys import KeyRing
 from liushui.server.metrics import Metrics
@@ -129,6 +129,10 @@ def _add_errors(app: FastAPI) -> None:
         visit_of(request).code = "client_gone"
         return Response(status_code=GONE)
 
+    async def internal(request: Request, error: Exception) -> Response:
+        return await api_error(request, ApiError(500, "internal_error", INTERNAL))  # the door logs it
+
+    app.add_exception_handler(Exception, internal)
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(LiushuiError, api_error)
     app.add_exception_handler(HTTPException, http_error)

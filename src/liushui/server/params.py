@@ -48,7 +48,7 @@ def serve_request(
     body: Generation, visit: Visit, ids: list[int], params: SamplingParams, request_id: str, **where: Any
 ) -> ServeRequest:
     """One prompt of a body. `where`: index, prompt. Raises `ApiError` 403 for a priority above the key's."""
-    priority = body.priority or 0
+    priority = max(0, visit.key.priority) if body.priority is None else body.priority
     if priority < visit.key.priority:
         message = f"priority: this key may ask for {visit.key.priority} and more (lower is served first)"
         raise ApiError(403, "not_permitted", message, param="priority")
