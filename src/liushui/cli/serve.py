@@ -49,9 +49,9 @@ def serve(
 
 def engine_for(config: EngineConfig, serving: ServingConfig) -> Any:
     """The engine behind the server."""
-    from liushui.engine.inprocess import InProcessEngine
+    from liushui.engine.process import ProcessEngine
 
-    return InProcessEngine.load(config, serving.served_names)
+    return ProcessEngine(config, serving)
 
 
 def curl_line(address: str, model: str, chat: bool, keyed: bool) -> str:

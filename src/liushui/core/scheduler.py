@@ -46,6 +46,7 @@ class Scheduler:
     ) -> None:
         """`ageing`: seconds in the queue that count as one step of priority; None: priorities are absolute."""
         self.pool = pool
+        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.prefix_caching = prefix_caching
@@ -71,6 +72,16 @@ class Scheduler:
         self.num_hit_tokens = 0
         """Tokens read from the prefix cache instead of computed, since the start."""
         self.num_preemptions = 0
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """The queue, in order (each tenant's own, if there are several)."""
+        return tuple(self._waiting)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """The batch, in order."""
+        return tuple(self._running)
 
     @property
     def num_waiting(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from typing import Any, Protocol
 
 from liushui.config import EngineConfig
-from liushui.core.plan import Executor, TokenLogprobs
+from liushui.core.plan import Executor, StepPlan, TokenLogprobs
 from liushui.core.request import FinishReason, SamplingParams
 from liushui.core.scheduler import Scheduler
 from liushui.engine.events import EventLog, House
@@ -193,6 +193,12 @@ class Engine:
             del self._requests[request.request.request_id]
             self._finished.append(request.output(times.finished))
         return live.answer.output.finish_reason or reason
+
+    def planned(self, plan: StepPlan) -> None:
+        pass
+
+    def stepped(self, plan: StepPlan, seconds: float) -> None:
+        pass
 
     def _hand_out(self) -> None:
         """One delta per answer that moved, if its request streams; then the outputs of the finished."""

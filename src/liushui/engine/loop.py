@@ -39,6 +39,14 @@ class Reader(Protocol):
         """A sequence has left. Returns the reason as its user is told it."""
         ...
 
+    def planned(self, plan: StepPlan) -> None:
+        """A step is about to start."""
+        ...
+
+    def stepped(self, plan: StepPlan, seconds: float) -> None:
+        """A step has come back, after that long (of two that overlap, the earlier one has all of the overlap)."""
+        ...
+
 
 class Life:
     """One sequence between its arrival and its end, and when it moved."""
@@ -202,6 +210,7 @@ class TokenLoop:
         plan = self.scheduler.schedule(now) if self.pacer is None else self.scheduler.schedule(now, self.pacer.pace())
         if plan is not None:
             self._note_plan(plan, now)
+            self.reader.planned(plan)
             self._launch(plan)
         if self._flights and (plan is None or len(self._flights) > self.depth):
             self._retire()
@@ -296,9 +305,11 @@ class TokenLoop:
     def _note_step(self, flight: Flight, end: float, errors: dict[str, str]) -> None:
         plan = flight.plan
         self.log.add_step(plan, flight.start, end, flight.waiting, flight.running, flight.free_blocks)
-        if self.pacer is not None:  # of two steps that overlap, the earlier one has all of the overlap
-            self.pacer.observe(plan, end - max(flight.start, self._last_end))
+        seconds = end - max(flight.start, self._last_end)
         self._last_end = end
+        if self.pacer is not None and not errors:
+            self.pacer.observe(plan, seconds)
+        self.reader.stepped(plan, seconds)
         for item in plan.items:
             life = self._lives.get(item.seq_id)
             if life is not None and not life.over and item.seq_id not in errors:

@@ -66,6 +66,7 @@ class Facts(NamedTuple):
     block_size: int = 0
     max_model_len: int = 0
     vocab_size: int = 0
+    max_num_seqs: int = 0
     report: Sequence[str] = ()
     error: str | None = None
     """The model cannot be loaded."""
@@ -101,7 +102,7 @@ class Step(NamedTuple):
     sequences: int
 
 
-class House(NamedTuple):
+class Fullness(NamedTuple):
     """How full it is now, and sums since the start."""
 
     waiting: int = 0
@@ -136,4 +137,4 @@ class Told:
     steps: list[Step] = field(default_factory=list)
     views: list[tuple[int, list[View]]] = field(default_factory=list)
     """Answers to `Orders.ask`: (number, everybody in the order of service)."""
-    house: House = field(default_factory=House)
+    house: Fullness = field(default_factory=Fullness)

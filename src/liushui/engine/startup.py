@@ -1,17 +1,19 @@
 """Start-up: every phase timed, every default that came from somewhere named."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from liushui.config import EngineConfig
+from liushui.config import EngineConfig, ServingConfig
 from liushui.core.blocks import BlockPool
 from liushui.core.plan import Executor
 from liushui.core.scheduler import Scheduler
+from liushui.engine.attendant import Core
 from liushui.engine.engine import Engine
+from liushui.engine.events import House
 from liushui.engine.suggestions import Suggestions
 from liushui.engine.tokenizer import Tokenizer
 from liushui.errors import ParameterError
@@ -68,12 +70,19 @@ def report(
     return [
         f"{config.model}: {checkpoint.describe()}",
         *runner.notes,
-        f"batch: {config.policy}, up to {config.seats} sequences and {config.step_tokens:,} tokens "
-        f"a step, max_model_len {runner.max_model_len:,}, prefix caching {'on' if config.prefix_caching else 'off'}",
+        batch_line(config, runner),
         prompt_line(tokenizer, config.chat_template),
         Suggestions.read(checkpoint.generation_config).line(config.generation_config),
         phases.line(),
     ]
+
+
+def batch_line(config: EngineConfig, runner: RunnerFacts) -> str:
+    """How large a step may be."""
+    return (
+        f"batch: {config.policy}, up to {config.seats} sequences and {config.step_tokens:,} tokens a step, "
+        f"max_model_len {runner.max_model_len:,}, prefix caching {'on' if config.prefix_caching else 'off'}"
+    )
 
 
 def prompt_line(tokenizer: Tokenizer, template_file: str | None = None) -> str:
@@ -119,6 +128,69 @@ def load(config: EngineConfig) -> Loaded:
     return Loaded(engine, tokenizer, config, report(config, checkpoint, tokenizer, runner, phases))
 
 
+@dataclass(frozen=True, slots=True)
+class TextSide:
+    """What a server needs to make prompts and text, without the weights."""
+
+    tokenizer: Tokenizer
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    report: tuple[str, ...] = ()
+
+
+def load_text(config: EngineConfig) -> TextSide:
+    """The tokenizer, the chat template and what the files suggest. Raises as `load`."""
+    from liushui import loading
+
+    template = _template(config)
+    checkpoint = loading.open_checkpoint(loading.resolve(config.model))
+    tokenizer = Tokenizer.from_checkpoint(checkpoint, template)
+    suggested = Suggestions.read(checkpoint.generation_config)
+    lines = prompt_line(tokenizer, config.chat_template), suggested.line(config.generation_config)
+    return TextSide(tokenizer, suggested.checked() if config.generation_config == "auto" else {}, lines)
+
+
+def make_core(config: EngineConfig, serving: ServingConfig) -> Core:
+    """The weights, the KV cache and a scheduler, without any text. Raises as `load`."""
+    phases = Phases()
+    with phases("find the model"):
+        from liushui import loading
+
+        checkpoint = loading.open_checkpoint(loading.resolve(config.model))
+    with phases("import torch"):
+        from liushui.runner import hardware
+        from liushui.runner.runner import Runner
+    config = config.settled(hardware.pick_device(config.device).type == "cuda")
+    with phases("weights and KV cache"):
+        runner = Runner.load(config, checkpoint)
+    phases.close()
+    lines = [f"{config.model}: {checkpoint.describe()}", *runner.notes, batch_line(config, runner), phases.line()]
+    return core_of(config, serving, runner, lines)
+
+
+def core_of(config: EngineConfig, serving: ServingConfig, runner: RunnerFacts, report: Sequence[str] = ()) -> Core:
+    """A scheduler around a runner, for serving."""
+    return Core(
+        make_scheduler(config, runner, serving.ageing),
+        runner,
+        runner.vocab_size,
+        getattr(runner, "depth", 0),
+        House(config.policy, config.seats, runner.num_blocks, runner.block_size),
+        tuple(report),
+    )
+
+
+def make_scheduler(config: EngineConfig, runner: RunnerFacts, ageing: float | None = None) -> Scheduler:
+    return Scheduler(
+        BlockPool(runner.num_blocks, runner.block_size),
+        max_num_seqs=config.seats,
+        max_num_batched_tokens=config.step_tokens,
+        max_model_len=runner.max_model_len,
+        policy=config.policy,
+        prefix_caching=config.prefix_caching,
+        ageing=ageing,
+    )
+
+
 def join(
     config: EngineConfig,
     runner: RunnerFacts,
@@ -126,14 +198,7 @@ def join(
     sampling_defaults: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Scheduler, runner and tokenizer as one engine. `sampling_defaults`: for what requests leave open."""
-    scheduler = Scheduler(
-        BlockPool(runner.num_blocks, runner.block_size),
-        max_num_seqs=config.seats,
-        max_num_batched_tokens=config.step_tokens,
-        max_model_len=runner.max_model_len,
-        policy=config.policy,
-        prefix_caching=config.prefix_caching,
-    )
+    scheduler = make_scheduler(config, runner)
     depth = getattr(runner, "depth", 0)
     return Engine(
         config,
