@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from liushui import LLM
 from liushui.engine.diff import FLOAT32, Limits, Question, diff
-from liushui.kernels.native import NativeOps
+from liushui.kernels.reference import TorchOps
 from tests.cli.conftest import Done
 
 FLAGS = ["--kv-cache-gib", "0.01", "--threads", "1", "--kernels", "native", "--max-tokens", "6", "--json"]
@@ -44,12 +45,62 @@ def test_an_honest_model_is_the_same(liushui: Callable[..., Done], readable: Pat
     assert "beside: transformers" in done.err
 
 
+def test_bfloat16_has_limits_of_its_own(liushui: Callable[..., Done], readable: Path, prompts: Path) -> None:
+    """Rounded to 8 bits: further from the peer than float32 may be, and still no bug."""
+    done = liushui("diff", readable, "--prompts", prompts, "--dtype", "bfloat16", *FLAGS)
+    assert done.code == 0, done.out
+    assert all(row["passed"] and row["cause"] in ("same", "tie", "numerics") for row in done.rows)
+    assert max(row["error"] for row in done.rows) > 1e-3
+    assert [row["line"] for row in done.rows] == [1, 2, 3]
+
+
+def test_a_template_of_its_own_is_named(
+    liushui: Callable[..., Done], readable: Path, prompts: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ messages[0].content }}?")
+    done = liushui("diff", readable, "--prompts", prompts, "--chat-template", own, *FLAGS)
+    assert done.code == 1
+    assert [row["cause"] for row in done.rows] == ["template", "template", "same"]
+
+
+def test_what_cannot_be_answered_stops_no_other(liushui: Callable[..., Done], readable: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "x" * 600}, {"prompt": "The sky is"}, {"prompt_token_ids": [10**6]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = liushui("diff", readable, "--prompts", path, "--template", "none", *FLAGS)
+    assert done.code == 1
+    assert [row["cause"] for row in done.rows] == ["error", "same", "error"]
+    assert "600 tokens" in done.rows[0]["ours"]
+
+
+def test_without_transformers(
+    liushui: Callable[..., Done], model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    done = liushui("diff", model, "--prompts", prompts, *FLAGS)
+    assert done.code == 2
+    assert "pip install 'liushui[oracle]'" in done.err
+
+
+def test_a_model_that_transformers_cannot_read(
+    liushui: Callable[..., Done], model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "nobody-knows"}
+    (folder / "config.json").write_text(json.dumps(config))
+    done = liushui("diff", folder, "--prompts", prompts, *FLAGS)
+    assert done.code == 2
+    assert "transformers cannot read" in done.err
+    assert "Traceback" not in done.err
+
+
 def test_a_wrong_kernel_is_a_bug(
     liushui: Callable[..., Done], readable: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = NativeOps.silu_mul
-    monkeypatch.setattr(NativeOps, "silu_mul", lambda self, x: honest(self, x) * 1.5)
-    done = liushui("diff", readable, "--prompts", prompts, *FLAGS[:-1])
+    honest = TorchOps.silu_mul
+    monkeypatch.setattr(TorchOps, "silu_mul", lambda self, x: honest(self, x) * 1.5)
+    done = liushui("diff", readable, "--prompts", prompts, *FLAGS[:-1], "--kernels", "torch")
     assert done.code == 1
     assert "bug" in done.out
     assert "FAILED" in done.out

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from liushui.config import Policy
 from liushui.engine.verify import WAYS, verify
 from liushui.errors import LiushuiError, ParameterError
-from liushui.kernels.native import NativeOps
+from liushui.kernels.reference import TorchOps
 from tests.cli.conftest import Done
 
 FLAGS = ["--dtype", "float32", "--kv-cache-gib", "0.01", "--threads", "1", "--kernels", "native", "--max-tokens", "5"]
@@ -17,8 +19,8 @@ FLAGS = ["--dtype", "float32", "--kv-cache-gib", "0.01", "--threads", "1", "--ke
 @pytest.fixture
 def neighbourly(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product of the MLP that changes its last bit with the number of rows beside it."""
-    honest = NativeOps.silu_mul
-    monkeypatch.setattr(NativeOps, "silu_mul", lambda self, x: honest(self, x) * (1 + 1e-6 * (len(x) % 5)))
+    honest = TorchOps.silu_mul
+    monkeypatch.setattr(TorchOps, "silu_mul", lambda self, x: honest(self, x) * (1 + 1e-6 * (len(x) % 5)))
 
 
 def test_an_honest_model_passes(liushui: Callable[..., Done], model: Path) -> None:
@@ -27,6 +29,8 @@ def test_an_honest_model_passes(liushui: Callable[..., Done], model: Path) -> No
     matrix = json.loads(done.out)
     assert matrix["passed"] is True
     assert [row["way"] for row in matrix["ways"]] == [way.name for way in WAYS]
+    assert [row["policy"] for row in matrix["ways"]] == [way.policy for way in WAYS]
+    assert {row["policy"] for row in matrix["ways"]} == set(get_args(Policy))
     assert all(case["bitwise"] for row in matrix["ways"] for case in row["cases"].values())
     happened = {row["way"]: row["happened"] for row in matrix["ways"]}
     assert happened["batched"]["batch"] >= 12
@@ -38,9 +42,11 @@ def test_an_honest_model_passes(liushui: Callable[..., Done], model: Path) -> No
 
 @pytest.mark.usefixtures("neighbourly")
 def test_a_broken_kernel_fails(liushui: Callable[..., Done], model: Path) -> None:
-    done = liushui("verify", model, *FLAGS)
+    done = liushui("verify", model, *FLAGS, "--kernels", "torch")
     assert done.code == 1
     assert "DIFFERS" in done.out
+    assert "continuous" in done.out
+    assert "static" in done.out
     assert "FAILED" in done.out
     assert "instead of" in done.out
     assert "alone, again: the same bits" in done.err

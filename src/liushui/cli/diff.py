@@ -64,7 +64,8 @@ def diff(
     for comparison in run(llm, peer, questions, max_tokens, limits):
         made.append(comparison)
         if as_json:
-            print(json.dumps(asdict(comparison), ensure_ascii=False), flush=True)
+            row = {"line": rows[comparison.index].line, "passed": comparison.passed} | asdict(comparison)
+            print(json.dumps(row, ensure_ascii=False), flush=True)
     if not as_json:
         _print(made, rows)
     if not all(comparison.passed for comparison in made):

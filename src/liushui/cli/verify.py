@@ -61,6 +61,7 @@ def _print(verdicts: "Sequence[Verdict]", seconds: float) -> None:
 
     table = Table(title="Compared with the request alone, bit for bit", title_justify="left")
     table.add_column("way", no_wrap=True)
+    table.add_column("policy")
     for case in verdicts[0].cases:
         table.add_column(case, justify="center")
     table.add_column("what happened")
@@ -68,7 +69,7 @@ def _print(verdicts: "Sequence[Verdict]", seconds: float) -> None:
         marks = ["[green]same[/]" if found is None else "[bold red]DIFFERS[/]" for found in verdict.cases.values()]
         happened = ", ".join(f"{count} {name}" for name, count in verdict.happened.items() if count and name != "batch")
         missing = f"; [bold red]no {verdict.missing}: not tried[/]" if verdict.missing else ""
-        table.add_row(verdict.way, *marks, f"{happened}, batch of {verdict.happened['batch']}{missing}")
+        table.add_row(verdict.way, verdict.policy, *marks, f"{happened}, batch of {verdict.happened['batch']}{missing}")
     console = Console(width=None if Console().is_terminal else 140)
     console.print(table)
     for verdict in verdicts:
@@ -76,5 +77,7 @@ def _print(verdicts: "Sequence[Verdict]", seconds: float) -> None:
             if found is not None:
                 console.print(f"{verdict.way}, {case}: {found}", markup=False, highlight=False)
     failed = sum(not verdict.passed for verdict in verdicts)
-    words = f"FAILED: {failed} of {len(verdicts)} ways" if failed else f"verified: {len(verdicts)} ways, the same bits"
+    policies = " and ".join(sorted({verdict.policy for verdict in verdicts}))
+    words = f"verified: {len(verdicts)} ways, policies {policies}, the same bits"
+    words = f"FAILED: {failed} of {len(verdicts)} ways" if failed else words
     console.print(f"{words} ({seconds:.1f} s)", highlight=False)

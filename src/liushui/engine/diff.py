@@ -1,7 +1,7 @@
 """Where this engine and another one part, and why: prompt by prompt, with the margin at the first different token."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from liushui.core.request import SamplingParams
 from liushui.engine.llm import LLM
 from liushui.engine.outputs import RequestOutput, TokenLogprob
+from liushui.errors import LiushuiError
 
 Cause = Literal["same", "tie", "numerics", "template", "tokenisation", "bug", "error"]
 FAULTS = ("template", "tokenisation", "bug", "error")
@@ -19,7 +20,7 @@ class Peer(Protocol):
     """The other side: text to ids to logits, in float32."""
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt's text for a conversation."""
+        """The prompt's text for a conversation. Raises `LiushuiError` where its template has none."""
         ...
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
@@ -75,21 +76,31 @@ class Comparison:
 
 
 def diff(llm: LLM, peer: Peer, questions: Sequence[Question], max_tokens: int, limits: Limits) -> Iterator[Comparison]:
-    """Compare greedy answers. The peer reads each of ours once: up to the first difference both would say the same."""
-    prompts = [_prompt(llm, question) for question in questions]
+    """Compare greedy answers, in the order of `questions`. The peer reads each of ours once: up to the first difference
+    both would say the same. What one of the two cannot answer is that prompt's `error` and stops no other."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1).giving(SamplingParams.names())
-    for output in llm.generate(prompts, params, use_tqdm=False):
-        question = questions[output.index]
-        if output.error is not None:
-            yield Comparison(output.index, "error", ours=output.error)
+    prompts = [_prompt(llm, question) for question in questions]
+    asked = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+    answered = llm.generate_iter([prompts[index] for index in asked], params)
+    outputs = {asked[output.index]: output for output in answered}
+    for index, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
+        if isinstance(prompt, str):
+            yield Comparison(index, "error", ours=prompt)
+        elif (error := outputs[index].error) is not None:
+            yield Comparison(index, "error", ours=error)
         else:
+            output = replace(outputs[index], index=index)
             yield _before(llm, peer, question, output) or _answers(llm, peer, output, limits)
 
 
-def _prompt(llm: LLM, question: Question) -> list[int]:
-    if question.messages is not None:
-        return llm.tokenizer.chat(question.messages)[1]
-    return list(question.ids) if question.ids is not None else llm.tokenizer.encode(question.text or "")
+def _prompt(llm: LLM, question: Question) -> list[int] | str:
+    """Token ids, or why there are none."""
+    try:
+        if question.messages is not None:
+            return llm.tokenizer.chat(question.messages)[1]
+        return list(question.ids) if question.ids is not None else llm.tokenizer.encode(question.text or "")
+    except LiushuiError as error:
+        return str(error)
 
 
 def _before(llm: LLM, peer: Peer, question: Question, output: RequestOutput) -> Comparison | None:
@@ -99,7 +110,10 @@ def _before(llm: LLM, peer: Peer, question: Question, output: RequestOutput) -> 
     text, special = question.text or "", True
     if question.messages is not None:
         text, special = llm.tokenizer.chat(question.messages)[0], False
-        other = peer.render(question.messages)
+        try:
+            other = peer.render(question.messages)
+        except LiushuiError as error:
+            return Comparison(output.index, "template", 0, 0, text[:20], str(error))
         if other != text:
             at = _first(text, other)
             return Comparison(output.index, "template", 0, at, text[at : at + 20], other[at : at + 20])

@@ -116,6 +116,7 @@ class Verdict:
     """What became of one way."""
 
     way: str
+    policy: str = "continuous"
     cases: dict[str, Difference | None] = field(default_factory=dict)
     """Sampling parameters -> the first difference; None: the same bits."""
     happened: dict[str, int] = field(default_factory=dict)
@@ -166,7 +167,7 @@ def verify(llm: LLM, *, max_tokens: int = 16, ways: Seq[Way] = WAYS) -> Iterator
     expected, _ = answer(llm, todo, ALONE, "reference")
     for number, way in enumerate(ways):
         outputs, happened = answer(llm, todo, way, f"way{number}")
-        verdict = Verdict(way.name, dict.fromkeys(CASES), happened)
+        verdict = Verdict(way.name, way.policy, dict.fromkeys(CASES), happened)
         if way.proof and happened[way.proof] < (2 if way.proof == "batch" else 1):
             verdict.missing = way.proof
         for index, (subject, right, output) in enumerate(zip(todo, expected, outputs, strict=True)):
@@ -259,6 +260,7 @@ def report(verdicts: Seq[Verdict], describe: Callable[[], Seq[str]]) -> dict[str
         "ways": [
             {
                 "way": verdict.way,
+                "policy": verdict.policy,
                 "passed": verdict.passed,
                 "cases": {
                     case: {"bitwise": found is None, "difference": None if found is None else str(found)}
