@@ -31,7 +31,7 @@ X86_64 = {
     "amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mtune=sapphirerapids"],
 }
 COMMON = ("library", "threads", "features")
-PER_INSTRUCTION_SET = ("kernels", "linear")
+PER_INSTRUCTION_SET = ("kernels", "linear", "step")
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 

@@ -1,6 +1,7 @@
 """Self-attention over the paged KV cache, shared by all families."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,12 +49,13 @@ class Attention:
     def mix(self, qkv: torch.Tensor, layer: int, kv: KVCache, batch: BatchTensors) -> torch.Tensor:
         """q, k and v [T, (Hq + 2 Hk) D] -> the heads' mixed values [T, Hq D]; keys and values go to `kv`."""
         s = self.shape
-        keys, values = kv.keys[layer], kv.values[layer]
+        keys, values, scales = kv.layer(layer)
+        more: dict[str, Any] = {} if scales is None else {"scales": scales}  # few implementations can
         self.ops.qkv_to_cache(
             qkv, s.num_heads, s.num_kv_heads, s.head_dim, batch.positions, batch.slots, keys, values,
-            self.rope, self.q_norm, self.k_norm, self.eps,
+            self.rope, self.q_norm, self.k_norm, self.eps, **more,
         )  # fmt: skip
         return self.ops.attention(
             qkv, s.num_heads, s.num_kv_heads, s.head_dim, keys, values,
-            batch.query_start, batch.seq_lens, batch.block_table, s.scale, s.window,
+            batch.query_start, batch.seq_lens, batch.block_table, s.scale, s.window, **more,
         )  # fmt: skip

@@ -29,6 +29,13 @@ class KVCache:
 
     keys: torch.Tensor
     values: torch.Tensor
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Of int8 keys and of values, each [num_layers, num_blocks, kv_heads, block_size] float32."""
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Keys, values and scales of a layer."""
+        scales = None if self.scales is None else (self.scales[0][index], self.scales[1][index])
+        return self.keys[index], self.values[index], scales
 
     @classmethod
     def allocate(
@@ -43,4 +50,8 @@ class KVCache:
     ) -> "KVCache":
         shape = (layers, blocks, kv_heads, block_size, head_dim)
         # Empty, not zeros: pages that are never used are never resident.
-        return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+        keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        if dtype is not torch.int8:
+            return cls(keys, values)
+        scales = torch.empty((2, *shape[:-1]), dtype=torch.float32, device=device)
+        return cls(keys, values, (scales[0], scales[1]))

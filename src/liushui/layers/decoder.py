@@ -162,6 +162,11 @@ class Decoder:
             update = layer.mlp(layer.mlp_input(attended, residual))
         return self.norm(update, residual)
 
+    @property
+    def logits_divisor(self) -> float:
+        """What `logits` divides the head's product by."""
+        return 1.0
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, H] -> [R, vocab] in the arithmetic type."""
         return self.head(hidden)

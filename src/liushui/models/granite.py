@@ -26,5 +26,9 @@ class Granite(Llama):
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return super().embed(ids).mul_(self.factor("embedding_multiplier"))
 
+    @property
+    def logits_divisor(self) -> float:
+        return self.factor("logits_scaling")
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return super().logits(hidden).div_(self.factor("logits_scaling"))
+        return super().logits(hidden).div_(self.logits_divisor)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from liushui.config import EngineConfig
-from liushui.core.plan import Pending, PlanItem, StepPlan, StepResult, TokenLogprobs
+from liushui.core.plan import Pending, StepPlan, StepResult
 from liushui.errors import CapacityError, ParameterError
 from liushui.kernels.ops import Ops, load_ops
 from liushui.kernels.policy import KernelPolicy
@@ -17,13 +17,9 @@ from liushui.layers.batch import KVCache
 from liushui.layers.weights import Weights
 from liushui.models.registry import Model, ModelSizes, build, sizes
 from liushui.runner import hardware
-from liushui.runner.batch import pack
+from liushui.runner.host import HostSteps, whole_step
 from liushui.runner.memory import GIB, KVPlan, plan_kv
-from liushui.runner.sampler import SampleRow, sample, token_logprobs
 from liushui.runner.state import SequenceState
-
-_LOGIT_ROWS = 64
-"""Rows of float32 logits made at once: a long prompt's log-probabilities must not fill the memory."""
 
 
 class Checkpoint(Protocol):
@@ -67,7 +63,7 @@ class Runner:
             sizes.num_layers, plan.num_blocks, sizes.num_kv_heads, plan.block_size, sizes.head_dim, dtype, device
         )
         self.states: dict[str, SequenceState] = {}
-        self.last_tokens: dict[str, int] = {}
+        self.host = HostSteps(model, self.kv, plan.block_size)
         self.steps: DeviceSteps | None = None
         """Where steps run if not here: on a GPU."""
         self.depth = 0
@@ -114,6 +110,9 @@ class Runner:
         runner = cls(model, shape, plan, dtype, notes, device)
         if ops.name == "triton":
             runner._run_on(device, ops, config)
+        elif (whole := whole_step(model, ops, runner.kv)) is not None:
+            whole.reserve(config.step_tokens, config.seats)
+            runner.host.whole = whole
         if rehearsal is not None:
             runner.notes.append(rehearsal.finish())
         return runner
@@ -133,55 +132,12 @@ class Runner:
         """Run one step. On a CPU, where there is nothing to overlap with, the result is ready on return."""
         for seq_id in plan.dropped:
             self.states.pop(seq_id, None)
-            self.last_tokens.pop(seq_id, None)
+            self.host.forget(seq_id)
         for new in plan.new:
             self.states[new.seq_id] = SequenceState(new)
         if self.steps is not None:
             return self.steps.start(plan, self.states)
-        packed = pack(plan, self.block_size, self.last_tokens)
-        hidden = self.model.forward(self.kv, packed.tensors)
-        starts = packed.query_start.tolist()
-        prompt_logprobs = {
-            item.seq_id: self._prompt_logprobs(item, hidden[first:last])
-            for item, first, last in zip(plan.items, starts, starts[1:], strict=False)
-            if self.states[item.seq_id].new.prompt_rows(item.start, item.num_tokens)
-        }
-        sampling = [(item, last - 1) for item, last in zip(plan.items, starts[1:], strict=True) if item.samples]
-        result = self._sample(sampling, hidden) if sampling else StepResult(tokens={})
-        return Done(StepResult(result.tokens, result.logprobs, prompt_logprobs, result.errors))
-
-    def _sample(self, items: "list[tuple[PlanItem, int]]", hidden: torch.Tensor) -> StepResult:
-        """Choose the next token of each (item, its last row)."""
-        rows = [SampleRow(self.states[item.seq_id], item.start + item.num_tokens) for item, _ in items]
-        logits = self.model.logits(hidden[[row for _, row in items]]).float()
-        asked = {i: row.state.new.sampling.logprobs for i, row in enumerate(rows)}
-        raw = {i: logits[i].clone() for i, top in asked.items() if top is not None}  # sampling adjusts in place
-        chosen, finite = sample(logits, rows)
-        tokens: dict[str, tuple[int, ...]] = {}
-        logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
-        errors: dict[str, str] = {}
-        for i, (item, _) in enumerate(items):
-            if not finite[i]:
-                errors[item.seq_id] = "the model gave logits that are not finite (NaN or infinity)"
-                continue
-            tokens[item.seq_id] = (chosen[i],)
-            if i in raw:
-                logprobs[item.seq_id] = (token_logprobs(raw[i], chosen[i], asked[i] or 0),)
-            rows[i].state.append(chosen[i])
-            self.last_tokens[item.seq_id] = chosen[i]
-        return StepResult(tokens, logprobs, errors=errors)
-
-    def _prompt_logprobs(self, item: PlanItem, hidden: torch.Tensor) -> list[tuple[int, TokenLogprobs]]:
-        """The row at position p predicts the prompt's token at p + 1."""
-        new = self.states[item.seq_id].new
-        rows, top = new.prompt_rows(item.start, item.num_tokens), new.sampling.prompt_logprobs or 0
-        found = []
-        for begin in rows[::_LOGIT_ROWS]:
-            end = min(begin + _LOGIT_ROWS, rows.stop)
-            logits = self.model.logits(hidden[begin - item.start : end - item.start]).float()
-            for position, line in zip(range(begin, end), logits, strict=True):
-                found.append((position + 1, token_logprobs(line, new.prompt_token_ids[position + 1], top)))
-        return found
+        return Done(self.host.run(plan, self.states, self.model))
 
 
 def pick_ops(config: EngineConfig, device: torch.device, threads: int) -> Ops:

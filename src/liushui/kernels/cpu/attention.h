@@ -7,6 +7,7 @@
 // (NaN, say) is harmless.
 #pragma once
 #include "attention_block.h"
+#include "attention_tiles.h"
 #include "library.h"
 
 namespace {
@@ -15,9 +16,12 @@ using liushui::AttentionTask;
 using liushui::kSplit;
 static_assert(kSplit % kKeys == 0, "splits are whole blocks");
 
-template <class T>
+// T: arithmetic; K: what the cache holds, T itself or int8 with a scale for each token and head.
+template <class T, class K>
 struct Attention {
-  const T *qkv, *k_cache, *v_cache;
+  const T* qkv;
+  const K *k_cache, *v_cache;
+  const float *k_scales, *v_scales;  // [num_blocks, num_kv_heads, block_size], for int8
   T* out;
   const int32_t *query_start, *seq_lens, *block_table;
   int num_sequences, num_heads, num_kv_heads, head_dim, block_size, max_blocks;
@@ -40,52 +44,108 @@ struct Rows {
   float *sum, *largest, *weight;  // [rows, padded dim] weighted values; [rows] running maximum; [rows] sum of weights
 };
 
-// Where a block's keys and values lie in the cache. Keys are there from `from` to `to`, multiples of Kw.
+template <class T, class K>
+constexpr bool kScaled = sizeof(K) == 1;
+#if defined(LS_TILE_BF16)
 template <class T>
+constexpr bool kTiles = sizeof(T) == 2;
+#else
+template <class T>
+constexpr bool kTiles = false;
+#endif
+
+// Where a block's keys and values lie in the cache. Keys are there from `from` to `to`, multiples of Kw.
+template <class K>
 struct Place {
-  const T *keys[kKeys], *values[kKeys];
+  const K *keys[kKeys], *values[kKeys];
+  alignas(64) float key_scales[kKeys], value_scales[kKeys];
   long from, to;
 };
 
 // The block that is being worked on.
-template <class T>
+template <class T, class K>
 struct Block {
-  Place<T> here, ahead;
-  const float* values[kKeys];
+  Place<K> here, ahead;
+  const T *keys[kKeys], *values[kKeys];  // in T: in the cache, or in `plain`
+  const float* wide[kKeys];
+  T* plain;                     // [2, kKeys, dim]: keys and values of an int8 cache, without their scales
   float *transposed, *widened;  // [dim, kKeys] keys; [kKeys, padded dim] values where need be
   bool in_place;                // few query rows use the values as they lie in the cache
 };
 
-// Values as whole vectors of floats, for all rows of the task.
+// Integers up to 127 are exact in either type.
 template <class T>
-void widen_values(const Attention<T>& a, Block<T>& block) {
+LS_INLINE void plain_row(const int8_t* from, long dim, T* to) {
+  long d = 0;
+  for (; d + W <= dim; d += W) {
+    typedef int8_t vb __attribute__((vector_size(W)));
+    vb bytes;
+    memcpy(&bytes, from + d, sizeof bytes);
+    store(to + d, __builtin_convertvector(bytes, vf));
+  }
+  for (; d < dim; d++) {
+    const vf one = splat((float)from[d]);
+    store_n(to + d, one, 1);
+  }
+}
+
+// Keys and values of the block as T.
+template <class T, class K>
+void make_plain(const Attention<T, K>& a, Block<T, K>& block) {
+  for (long j = 0; j < kKeys; j++) {
+    if constexpr (kScaled<T, K>) {
+      T *key = block.plain + j * a.head_dim, *value = block.plain + (kKeys + j) * a.head_dim;
+      plain_row(block.here.keys[j], a.head_dim, key);
+      plain_row(block.here.values[j], a.head_dim, value);
+      for (long d = 0; d < a.head_dim; d += 64) {
+        __builtin_prefetch(block.ahead.keys[j] + d);
+        __builtin_prefetch(block.ahead.values[j] + d);
+      }
+      block.keys[j] = key, block.values[j] = value;
+    } else {
+      block.keys[j] = block.here.keys[j], block.values[j] = block.here.values[j];
+    }
+  }
+}
+
+// Values as whole vectors of floats, for all rows of the task.
+template <class T, class K>
+void widen_values(const Attention<T, K>& a, Block<T, K>& block) {
   const long dim = a.head_dim, padded = a.padded_dim();
   const bool in_place = sizeof(T) == sizeof(float) && dim % W == 0;
   for (long j = block.here.from; j < block.here.to; j++) {
     float* copy = block.widened + j * padded;
-    block.values[j] = in_place ? (const float*)block.here.values[j] : copy;
+    block.wide[j] = in_place ? (const float*)block.values[j] : copy;
     if (!in_place)
-      for (long d = 0; d < dim; d += W) store(copy + d, load_up_to(block.here.values[j] + d, dim - d));
+      for (long d = 0; d < dim; d += W) store(copy + d, load_up_to(block.values[j] + d, dim - d));
   }
 }
 
 // Finds keys [from, to) of the block that starts at position `start`; zeros stand in for what is not there.
-template <class T>
-bool locate(Attention<T>& a, const AttentionTask& task, long start, long from, long to, Place<T>& place) {
-  static const T nothing[1024] = {};
+template <class T, class K>
+bool locate(Attention<T, K>& a, const AttentionTask& task, long start, long from, long to, Place<K>& place) {
+  alignas(64) static const K nothing[1024] = {};
   const int32_t* table = a.block_table + (long)task.sequence * a.max_blocks;
   place.from = from / Kw * Kw;
   place.to = round_up(to, Kw);
   for (long j = 0; j < from; j++) place.keys[j] = place.values[j] = nothing;
   for (long j = to; j < kKeys; j++) place.keys[j] = place.values[j] = nothing;
+  if (kScaled<T, K>) {
+    memset(place.key_scales, 0, sizeof place.key_scales);
+    memset(place.value_scales, 0, sizeof place.value_scales);
+  }
   for (long j = from; j < to;) {  // runs of one cache block
     const long number = table[(start + j) / a.block_size], offset = (start + j) % a.block_size;
     if (number < 0 || number >= a.num_blocks) {
       __atomic_store_n(&a.bad, 1, __ATOMIC_RELAXED);
       return false;
     }
-    long at = ((number * a.num_kv_heads + task.head) * a.block_size + offset) * a.head_dim;
-    for (const long end = min_of(to, j + a.block_size - offset); j < end; j++, at += a.head_dim) {
+    const long first = (number * a.num_kv_heads + task.head) * a.block_size + offset, end = min_of(to, j + a.block_size - offset);
+    if (kScaled<T, K>) {
+      memcpy(place.key_scales + j, a.k_scales + first, (size_t)(end - j) * sizeof(float));
+      memcpy(place.value_scales + j, a.v_scales + first, (size_t)(end - j) * sizeof(float));
+    }
+    for (long at = first * a.head_dim; j < end; j++, at += a.head_dim) {
       place.keys[j] = a.k_cache + at;
       place.values[j] = a.v_cache + at;
     }
@@ -94,8 +154,8 @@ bool locate(Attention<T>& a, const AttentionTask& task, long start, long from, l
 }
 
 // What rows [row, row + count) of the task see of the block at `start`.
-template <class T>
-LS_INLINE Sight look(const Attention<T>& a, const AttentionTask& task, long start, long row, int count) {
+template <class T, class K>
+LS_INLINE Sight look(const Attention<T, K>& a, const AttentionTask& task, long start, long row, int count) {
   Sight s;
   s.all_from = s.last = 0;
   s.all_to = kKeys;
@@ -111,58 +171,74 @@ LS_INLINE Sight look(const Attention<T>& a, const AttentionTask& task, long star
   return s;
 }
 
-template <class T>
-void add_block(const Attention<T>& a, const Rows& rows, Block<T>& block, const Sight& sight, long row, int count) {
-  const long dim = a.head_dim, padded = a.padded_dim();
+template <class T, class K>
+void add_block(const Attention<T, K>& a, const Rows& rows, Block<T, K>& block, const Sight& sight, long row, int count) {
+  const long dim = a.head_dim, padded = a.padded_dim(), vectors = (sight.last + W - 1) / W;
   const float* query = rows.query + row * dim;
   float *sum = rows.sum + row * padded, keep[kTileRows];
-  tile_rows(count, query, dim, Matrix{block.transposed, kKeys}, 0, dim, rows.scores, kKeys, (sight.last + W - 1) / W,
-            nullptr);
+  const auto times = [&](const float* scales) {
+    for (int r = 0; r < count; r++)
+      for (long j = 0; j < vectors * W; j += W)
+        store(rows.scores + r * kKeys + j, load(rows.scores + r * kKeys + j) * load(scales + j));
+  };
+  tile_rows(count, query, dim, Matrix{block.transposed, kKeys}, 0, dim, rows.scores, kKeys, vectors, nullptr);
+  if (kScaled<T, K>) times(block.here.key_scales);
   soften(count, sight, rows.scores, rows.largest + row, rows.weight + row, keep);
+  if (kScaled<T, K>) times(block.here.value_scales);
   if (block.in_place)
-    add_values(count, sight, rows.scores, Fetching<T>{block.here.values, block.ahead.keys}, sum, padded, keep);
+    add_values(count, sight, rows.scores, Fetching<T>{block.values, (const T* const*)block.ahead.keys}, sum, padded, keep);
   else
-    add_values(count, sight, rows.scores, Scattered{block.values}, sum, padded, keep);
+    add_values(count, sight, rows.scores, Scattered{block.wide}, sum, padded, keep);
 }
 
-template <class T>
-void attend_split(Attention<T>& a, const AttentionTask& task, long split, const Rows& rows, Block<T>& block) {
-  const long count = (long)task.count * a.group(), padded = a.padded_dim();
+// Calls each(start of a block) for the blocks of keys of a split that the task's rows see; `block` holds them.
+template <class T, class K, class Each>
+bool walk(Attention<T, K>& a, const AttentionTask& task, long split, Block<T, K>& block, const Each& each) {
   const long last = task.position + task.count - 1;
   const long lowest = a.window > 0 ? max_of(0, (long)task.position - a.window + 1) : 0;
   const long begin = max_of(split * kSplit, lowest / kKeys * kKeys), end = min_of((split + 1) * kSplit, last + 1);
+  const auto find = [&](long start, Place<K>& place) {
+    return locate(a, task, start, min_of(kKeys, max_of(0, lowest - start)), max_of(0, min_of(kKeys, end - start)), place);
+  };
+  if (!find(begin, block.ahead)) return false;
+  fetch_rows(block.ahead.keys, kKeys, a.head_dim);
+  for (long start = begin; start < end; start += kKeys) {
+    block.here = block.ahead;
+    if (!find(start + kKeys, block.ahead)) return false;
+    make_plain(a, block);
+    each(start);
+  }
+  return true;
+}
+
+template <class T, class K>
+void attend_split(Attention<T, K>& a, const AttentionTask& task, long split, const Rows& rows, Block<T, K>& block) {
+  const long count = (long)task.count * a.group(), padded = a.padded_dim();
   memset(rows.sum, 0, (size_t)(count * padded) * sizeof(float));
   for (long r = 0; r < count; r++) {
     rows.largest[r] = -__builtin_inff();
     rows.weight[r] = 0.0f;
   }
-  const auto find = [&](long start, Place<T>& place) {
-    return locate(a, task, start, min_of(kKeys, max_of(0, lowest - start)), max_of(0, min_of(kKeys, end - start)), place);
-  };
-  if (!find(begin, block.ahead)) return;
-  fetch_rows(block.ahead.keys, kKeys, a.head_dim);
-  for (long start = begin; start < end; start += kKeys) {
-    block.here = block.ahead;
-    if (!find(start + kKeys, block.ahead)) return;
-    transpose_keys(block.here.keys, block.here.values, block.here.from, block.here.to, a.head_dim, block.transposed);
+  walk(a, task, split, block, [&](long start) {
+    transpose_keys(block.keys, block.values, block.here.from, block.here.to, a.head_dim, block.transposed);
     if (!block.in_place) widen_values(a, block);
     for (long row = 0; row < count; row += kTileRows) {
       const int height = (int)min_of(kTileRows, count - row);
       const Sight sight = look(a, task, start, row, height);
       if (sight.last > 0) add_block(a, rows, block, sight, row, height);
     }
-  }
+  });
 }
 
-template <class T>
-void write_out(const Attention<T>& a, const AttentionTask& task, long row, const float* sum, float weight) {
+template <class T, class K>
+void write_out(const Attention<T, K>& a, const AttentionTask& task, long row, const float* sum, float weight) {
   const long group = a.group(), head = task.head * group + row % group;
   T* out = a.out + ((task.row + row / group) * a.num_heads + head) * a.head_dim;
   for (long d = 0; d < a.head_dim; d += W) store_up_to(out + d, load(sum + d) / weight, a.head_dim - d);
 }
 
-template <class T>
-void gather_queries(const Attention<T>& a, const AttentionTask& task, float* query) {
+template <class T, class K>
+void gather_queries(const Attention<T, K>& a, const AttentionTask& task, float* query) {
   const long group = a.group(), dim = a.head_dim;
   for (long r = 0; r < task.count * group; r++) {
     const T* from = a.qkv + (task.row + r / group) * a.qkv_stride + (task.head * group + r % group) * dim;
@@ -172,8 +248,8 @@ void gather_queries(const Attention<T>& a, const AttentionTask& task, float* que
 }
 
 // Hands the rows' state to whoever merges the splits.
-template <class T>
-void write_partial(const Attention<T>& a, const AttentionTask& task, const Rows& rows) {
+template <class T, class K>
+void write_partial(const Attention<T, K>& a, const AttentionTask& task, const Rows& rows) {
   const long padded = a.padded_dim();
   float* to = a.partials + task.partial * a.partial_width();
   for (long r = 0; r < (long)task.count * a.group(); r++, to += a.partial_width()) {
@@ -183,20 +259,97 @@ void write_partial(const Attention<T>& a, const AttentionTask& task, const Rows&
   }
 }
 
-template <class T>
-void attend_task(void* context, long index) {
-  Attention<T>& a = *(Attention<T>*)context;
-  const AttentionTask& task = a.plan.tasks[index];
+#if defined(LS_TILE_BF16)
+// The same with matrix tiles, 16 query rows at a time.
+template <class K>
+void attend_task_tiled(Attention<bf16, K>& a, const AttentionTask& task) {
   const long count = (long)task.count * a.group(), dim = a.head_dim, padded = a.padded_dim();
-  const long sizes[] = {count * dim, kTileRows * kKeys, count * padded, count, count, dim * kKeys,
-                        kKeys * padded, count * padded, count, count};
-  float* part[10];
+  const long rows_up = round_up(count, kTile), chunks = dim_chunks(dim), tiles = dim_tiles(dim);
+  // In floats; a tile of 16 times 32 bfloat16 is 256.
+  const long sizes[] = {rows_up / kTile * chunks * 256, kTile * kKeys, rows_up * padded, rows_up, rows_up,
+                        chunks * 512, tiles * 256, 256, rows_up * padded, rows_up, rows_up,
+                        kScaled<bf16, K> ? kKeys * dim : 0, tiles * 256, kTile * padded};
+  constexpr int kParts = sizeof sizes / sizeof *sizes;
+  float* part[kParts];
   long total = 0;
   for (long size : sizes) total += round_up(size, 16);
   part[0] = (float*)liushui::scratch(liushui::kWork, (size_t)total * sizeof(float));
-  for (int i = 1; i < 10; i++) part[i] = part[i - 1] + round_up(sizes[i - 1], 16);
+  for (int i = 1; i < kParts; i++) part[i] = part[i - 1] + round_up(sizes[i - 1], 16);
+  bf16* query = (bf16*)part[0];
+  const Rows rows = {nullptr, part[1], part[2], part[3], part[4]};
+  bf16 *keys = (bf16*)part[5], *values = (bf16*)part[6], *weights = (bf16*)part[7];
+  float *sum = part[8], *largest = part[9], *weight = part[10];
+  Block<bf16, K> block;
+  block.plain = (bf16*)part[11];
+  memset(weight, 0, (size_t)count * sizeof(float));
+  memset((void*)weights, 0, kTile * kKeys * sizeof(bf16));
+  memset((void*)query, 0, (size_t)sizes[0] * sizeof(float));
+  for (long r = 0; r < count; r++) {
+    const long group = a.group();
+    const bf16* from = a.qkv + (task.row + r / group) * a.qkv_stride + (task.head * group + r % group) * dim;
+    for (long c = 0; c < chunks; c++)
+      memcpy((void*)(query + ((r / kTile * chunks + c) * kTile + r % kTile) * 32), from + c * 32,
+             (size_t)min_of(32, dim - c * 32) * sizeof(bf16));
+  }
+  const int height = (int)min_of(kTile, count);
+  configure_tiles(height, height, 64);
+  for (long split = task.split_begin; split < task.split_end; split++) {
+    memset(rows.sum, 0, (size_t)(rows_up * padded) * sizeof(float));
+    for (long r = 0; r < count; r++) rows.largest[r] = -__builtin_inff(), rows.weight[r] = 0.0f;
+    walk(a, task, split, block, [&](long start) {
+      tile_keys(block.keys, (const bf16* const*)block.ahead.keys, dim, keys);
+      tile_values(block.values, (const bf16* const*)block.ahead.values, dim, values);
+      int finite = -1;  // not known
+      for (long row = 0; row < count; row += kTile) {
+        const int height = (int)min_of(kTile, count - row);
+        const Sight sight = look(a, task, start, row, height);
+        if (sight.last == 0) continue;
+        float keep[kTile];
+        tile_scores(query + row * chunks * 32, keys, dim, rows.scores);
+        tile_soften(height, sight, rows.scores, a.scale, kScaled<bf16, K> ? block.here.key_scales : nullptr,
+                    kScaled<bf16, K> ? block.here.value_scales : nullptr, rows.largest + row, rows.weight + row, keep,
+                    weights);
+        keep_rows(height, keep, rows.sum + row * padded, padded);
+        const bool all = sight.all_from == 0 && sight.all_to == kKeys;
+        if (!all && finite < 0) finite = all_finite(values, tiles * 512);
+        if (all || finite)
+          tile_weighted(weights, values, dim, rows.sum + row * padded, padded);
+        else
+          weighted_one_by_one(height, sight, weights, values, dim, rows.sum + row * padded, padded, (bf16*)part[12],
+                              part[13]);
+      }
+    });
+    if (task.partial >= 0) {
+      write_partial(a, task, rows);
+      break;
+    }
+    for (long r = 0; r < count; r++)
+      merge(sum + r * padded, largest[r], weight[r], rows.sum + r * padded, rows.largest[r], rows.weight[r], padded);
+  }
+  LS_TILE_RELEASE();
+  if (task.partial < 0)
+    for (long r = 0; r < count; r++) write_out(a, task, r, sum + r * padded, weight[r]);
+}
+#endif
+
+template <class T, class K>
+void attend_task(void* context, long index) {
+  Attention<T, K>& a = *(Attention<T, K>*)context;
+#if defined(LS_TILE_BF16)
+  if constexpr (kTiles<T>) return attend_task_tiled(a, a.plan.tasks[index]);
+#endif
+  const AttentionTask& task = a.plan.tasks[index];
+  const long count = (long)task.count * a.group(), dim = a.head_dim, padded = a.padded_dim();
+  const long sizes[] = {count * dim, kTileRows * kKeys, count * padded, count, count, dim * kKeys,
+                        kKeys * padded, count * padded, count, count, kScaled<T, K> ? 2 * kKeys * dim : 0};
+  float* part[11];
+  long total = 0;
+  for (long size : sizes) total += round_up(size, 16);
+  part[0] = (float*)liushui::scratch(liushui::kWork, (size_t)total * sizeof(float));
+  for (int i = 1; i < 11; i++) part[i] = part[i - 1] + round_up(sizes[i - 1], 16);
   const Rows rows = {part[0], part[1], part[2], part[3], part[4]};
-  Block<T> block;
+  Block<T, K> block;
+  block.plain = (T*)part[10];
   block.transposed = part[5];
   block.widened = part[6];
   block.in_place = count <= 2 * kTileRows && dim % W == 0;
@@ -213,9 +366,9 @@ void attend_task(void* context, long index) {
   for (long r = 0; r < count; r++) write_out(a, task, r, sum + r * padded, weight[r]);
 }
 
-template <class T>
+template <class T, class K>
 void merge_task(void* context, long index) {
-  const Attention<T>& a = *(const Attention<T>*)context;
+  const Attention<T, K>& a = *(const Attention<T, K>*)context;
   const AttentionTask& task = a.plan.merges[index];
   const long count = (long)task.count * a.group(), padded = a.padded_dim(), width = a.partial_width();
   float* sum = (float*)liushui::scratch(liushui::kWork, (size_t)padded * sizeof(float));
@@ -230,8 +383,8 @@ void merge_task(void* context, long index) {
 }
 
 // Whether rows and positions lie within what was given; block numbers are checked where they are read.
-template <class T>
-bool indices_fit(const Attention<T>& a) {
+template <class T, class K>
+bool indices_fit(const Attention<T, K>& a) {
   if (a.query_start[0] != 0 || a.query_start[a.num_sequences] > a.rows) return false;
   for (long s = 0; s < a.num_sequences; s++) {
     const long queries = a.query_start[s + 1] - a.query_start[s];
@@ -240,8 +393,8 @@ bool indices_fit(const Attention<T>& a) {
   return true;
 }
 
-template <class T>
-int run_attention(Attention<T>& a) {
+template <class T, class K>
+int run_attention(Attention<T, K>& a) {
   const long used = a.query_start[a.num_sequences], width = (long)a.num_heads * a.head_dim;
   if (!indices_fit(a)) return 1;
   memset((void*)(a.out + used * width), 0, (size_t)((a.rows - used) * width) * sizeof(T));
@@ -251,8 +404,8 @@ int run_attention(Attention<T>& a) {
   if (a.plan.num_partials)
     a.partials = (float*)liushui::scratch(liushui::kShared,
                                           (size_t)(a.plan.num_partials * a.partial_width()) * sizeof(float));
-  liushui::parallel(a.threads, a.plan.num_tasks, attend_task<T>, &a);
-  if (a.plan.num_merges && !a.bad) liushui::parallel(a.threads, a.plan.num_merges, merge_task<T>, &a);
+  liushui::parallel(a.threads, a.plan.num_tasks, attend_task<T, K>, &a);
+  if (a.plan.num_merges && !a.bad) liushui::parallel(a.threads, a.plan.num_merges, merge_task<T, K>, &a);
   return a.bad;
 }
 

@@ -23,26 +23,30 @@ int activation(int threads, int kind, const void* x, void* out, long rows, long 
   return 0;
 }
 
-template <class T>
+template <class T, class K>
 int to_cache(int threads, void* qkv, int num_heads, int num_kv_heads, int head_dim, const int32_t* positions,
-             const int32_t* slots, long tokens, void* k_cache, void* v_cache, long num_blocks, int block_size,
-             const float* rope, long max_position, int rotary, const void* q_norm, const void* k_norm, float eps) {
-  return run_to_cache(threads, ToCache<T>{(T*)qkv, (T*)k_cache, (T*)v_cache, positions, slots, rope,
-                                          (const T*)q_norm, (const T*)k_norm, tokens, 1, num_heads, num_kv_heads,
-                                          head_dim, rope ? rotary : 0, block_size, max_position,
-                                          num_blocks * block_size, eps, 0});
+             const int32_t* slots, long tokens, void* k_cache, void* v_cache, float* k_scales, float* v_scales,
+             long num_blocks, int block_size, const float* rope, long max_position, int rotary, const void* q_norm,
+             const void* k_norm, float eps) {
+  return run_to_cache(threads, ToCache<T, K>{(T*)qkv, (K*)k_cache, (K*)v_cache, k_scales, v_scales, positions, slots,
+                                             rope, (const T*)q_norm, (const T*)k_norm, tokens, 1, num_heads,
+                                             num_kv_heads, head_dim, rope ? rotary : 0, block_size, max_position,
+                                             num_blocks * block_size, eps, 0});
 }
 
-template <class T>
+template <class T, class K>
 int attention(int threads, const void* qkv, long qkv_stride, void* out, long rows, int num_heads, int num_kv_heads,
-              int head_dim, const void* k_cache, const void* v_cache, long num_blocks, int block_size,
-              const int32_t* query_start, const int32_t* seq_lens, const int32_t* block_table, int num_sequences,
-              int max_blocks, float scale, int window) {
-  Attention<T> a = {(const T*)qkv, (const T*)k_cache, (const T*)v_cache, (T*)out, query_start, seq_lens, block_table,
-                    num_sequences, num_heads, num_kv_heads, head_dim, block_size, max_blocks, rows, num_blocks,
-                    qkv_stride, scale, window, threads, {}, nullptr, 0};
+              int head_dim, const void* k_cache, const void* v_cache, const float* k_scales, const float* v_scales,
+              long num_blocks, int block_size, const int32_t* query_start, const int32_t* seq_lens,
+              const int32_t* block_table, int num_sequences, int max_blocks, float scale, int window) {
+  Attention<T, K> a = {(const T*)qkv, (const K*)k_cache, (const K*)v_cache, k_scales, v_scales, (T*)out, query_start,
+                       seq_lens, block_table, num_sequences, num_heads, num_kv_heads, head_dim, block_size, max_blocks,
+                       rows, num_blocks, qkv_stride, scale, window, threads, {}, nullptr, 0};
   return run_attention(a);
 }
+
+// The instance for the arithmetic type and for what the cache holds: int8 where there are scales.
+#define LS_PICK(f) (type ? (k_scales ? f<bf16, int8_t> : f<bf16, bf16>) : (k_scales ? f<float, int8_t> : f<float, float>))
 
 }  // namespace
 
@@ -57,18 +61,18 @@ LS_EXPORT(int, activation)(int type, int threads, int kind, const void* x, void*
 
 LS_EXPORT(int, to_cache)(int type, int threads, void* qkv, int num_heads, int num_kv_heads, int head_dim,
                          const int32_t* positions, const int32_t* slots, long tokens, void* k_cache, void* v_cache,
-                         long num_blocks, int block_size, const float* rope, long max_position, int rotary,
-                         const void* q_norm, const void* k_norm, float eps) {
-  return (type ? to_cache<bf16> : to_cache<float>)(threads, qkv, num_heads, num_kv_heads, head_dim, positions, slots,
-                                                   tokens, k_cache, v_cache, num_blocks, block_size, rope,
-                                                   max_position, rotary, q_norm, k_norm, eps);
+                         float* k_scales, float* v_scales, long num_blocks, int block_size, const float* rope,
+                         long max_position, int rotary, const void* q_norm, const void* k_norm, float eps) {
+  return LS_PICK(to_cache)(threads, qkv, num_heads, num_kv_heads, head_dim, positions, slots, tokens, k_cache, v_cache,
+                           k_scales, v_scales, num_blocks, block_size, rope, max_position, rotary, q_norm, k_norm, eps);
 }
 
 LS_EXPORT(int, attention)(int type, int threads, const void* qkv, long qkv_stride, void* out, long rows, int num_heads,
-                          int num_kv_heads, int head_dim, const void* k_cache, const void* v_cache, long num_blocks,
-                          int block_size, const int32_t* query_start, const int32_t* seq_lens,
-                          const int32_t* block_table, int num_sequences, int max_blocks, float scale, int window) {
-  return (type ? attention<bf16> : attention<float>)(threads, qkv, qkv_stride, out, rows, num_heads, num_kv_heads,
-                                                     head_dim, k_cache, v_cache, num_blocks, block_size, query_start,
-                                                     seq_lens, block_table, num_sequences, max_blocks, scale, window);
+                          int num_kv_heads, int head_dim, const void* k_cache, const void* v_cache,
+                          const float* k_scales, const float* v_scales, long num_blocks, int block_size,
+                          const int32_t* query_start, const int32_t* seq_lens, const int32_t* block_table,
+                          int num_sequences, int max_blocks, float scale, int window) {
+  return LS_PICK(attention)(threads, qkv, qkv_stride, out, rows, num_heads, num_kv_heads, head_dim, k_cache, v_cache,
+                            k_scales, v_scales, num_blocks, block_size, query_start, seq_lens, block_table,
+                            num_sequences, max_blocks, scale, window);
 }

@@ -18,7 +18,7 @@ void barrier(int workers);
 void parallel(int threads, long tasks, void (*body)(void*, long), void* context);
 
 // Memory of the calling thread, 64-byte aligned, kept between calls. Each slot is one buffer.
-enum Slot { kWork = 0, kShared = 1, kProduct = 2, kSlots = 3 };
+enum Slot { kWork = 0, kShared = 1, kProduct = 2, kPlans = 3, kSlots = 4 };
 void* scratch(Slot slot, size_t bytes);
 
 // Asks for large pages behind memory not yet written (fewer misses of the address cache when it is streamed).

@@ -132,9 +132,12 @@ void run_activation(int threads, int kind, Activate<T> a) {
   liushui::parallel(useful_threads(threads, a.rows * a.width), a.rows * a.pieces, task, &a);
 }
 
-template <class T>
+// T: arithmetic; K: what the cache holds, T itself or int8 with a scale for each token and head.
+template <class T, class K>
 struct ToCache {
-  T *qkv, *k_cache, *v_cache;
+  T* qkv;
+  K *k_cache, *v_cache;
+  float *k_scales, *v_scales;  // [num_blocks, num_kv_heads, block_size], for int8
   const int32_t *positions, *slots;
   const float* rope;
   const T *q_norm, *k_norm;
@@ -146,8 +149,8 @@ struct ToCache {
 };
 
 // One head: RMS norm (if there is a weight), then rotation of (x[i], x[i + rotary/2]) by the position's angle i.
-template <class T>
-LS_INLINE void norm_and_rotate(const ToCache<T>& a, const T* x, T* out, const T* weight, const float* angles) {
+template <class T, class K>
+LS_INLINE void norm_and_rotate(const ToCache<T, K>& a, const T* x, T* out, const T* weight, const float* angles) {
   const long dim = a.head_dim, half = a.rotary / 2;
   const float inverse =
       weight ? 1.0f / __builtin_sqrtf(row_sum(x, dim, true, 0.0f) / (float)dim + a.eps) : 1.0f;
@@ -165,9 +168,36 @@ LS_INLINE void norm_and_rotate(const ToCache<T>& a, const T* x, T* out, const T*
   for (long i = 2 * half; i < dim; i += W) store_up_to(out + i, value(i, dim - i), dim - i);
 }
 
+// x in whole numbers of -127 .. 127 times the scale returned; one that is not finite makes the scale NaN.
 template <class T>
+LS_INLINE float to_int8(const T* x, long dim, int8_t* out) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vf most = {};
+  vi odd = {};
+  for (long i = 0; i < dim; i += W) {
+    const vf v = load_up_to(x + i, dim - i);
+    most = vmax(most, vmax(v, -v));
+    odd |= (vi)(v - v != splat(0.0f));
+  }
+  const float largest = lane_max(most);
+  float lanes[W];
+  store(lanes, select(odd, splat(1.0f), splat(0.0f)));
+  for (int i = 0; i < W; i++)
+    if (lanes[i] != 0.0f) {
+      memset(out, 1, (size_t)dim);
+      return __builtin_nanf("");
+    }
+  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  for (long i = 0; i < dim; i += W) {
+    const vi whole = (vi)(load_up_to(x + i, dim - i) * inverse + magic) - (vi)magic;
+    for (long j = 0; j < min_of(W, dim - i); j++) out[i + j] = (int8_t)max_of(-127, min_of(127, whole[j]));
+  }
+  return largest / 127.0f;
+}
+
+template <class T, class K>
 void to_cache_task(void* context, long task) {
-  ToCache<T>& a = *(ToCache<T>*)context;
+  ToCache<T, K>& a = *(ToCache<T, K>*)context;
   const long dim = a.head_dim, heads = a.num_heads + 2L * a.num_kv_heads;
   for (long t = task * a.tokens_per_task; t < min_of(a.tokens, (task + 1) * a.tokens_per_task); t++) {
     const long slot = a.slots[t], position = a.positions[t];
@@ -183,21 +213,28 @@ void to_cache_task(void* context, long task) {
         norm_and_rotate(a, row + h * dim, row + h * dim, a.q_norm, angles);
     const long block = slot / a.block_size, offset = slot % a.block_size;
     for (long h = 0; h < a.num_kv_heads; h++) {
-      const long place = ((block * a.num_kv_heads + h) * a.block_size + offset) * dim;
-      const T* k = row + (a.num_heads + h) * dim;
-      norm_and_rotate(a, k, a.k_cache + place, a.k_norm, angles);
-      memcpy((void*)(a.v_cache + place), k + a.num_kv_heads * dim, (size_t)dim * sizeof(T));
+      const long token = (block * a.num_kv_heads + h) * a.block_size + offset, place = token * dim;
+      T* k = row + (a.num_heads + h) * dim;
+      const T* v = k + a.num_kv_heads * dim;
+      if constexpr (sizeof(K) == 1) {
+        norm_and_rotate(a, k, k, a.k_norm, angles);
+        a.k_scales[token] = to_int8(k, dim, a.k_cache + place);
+        a.v_scales[token] = to_int8(v, dim, a.v_cache + place);
+      } else {
+        norm_and_rotate(a, k, a.k_cache + place, a.k_norm, angles);
+        memcpy((void*)(a.v_cache + place), v, (size_t)dim * sizeof(T));
+      }
     }
   }
 }
 
-template <class T>
-int run_to_cache(int threads, ToCache<T> a) {
+template <class T, class K>
+int run_to_cache(int threads, ToCache<T, K> a) {
   const long width = (a.num_heads + 2L * a.num_kv_heads) * a.head_dim;
   a.bad = 0;
   a.tokens_per_task = max_of(1, kGrain / max_of(1, width));
   const long tasks = (a.tokens + a.tokens_per_task - 1) / a.tokens_per_task;
-  liushui::parallel(useful_threads(threads, a.tokens * width), tasks, to_cache_task<T>, &a);
+  liushui::parallel(useful_threads(threads, a.tokens * width), tasks, to_cache_task<T, K>, &a);
   return a.bad;
 }
 

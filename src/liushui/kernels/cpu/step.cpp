@@ -1,0 +1,389 @@
+// One step of a decoder put together from plain parts, all layers in one parallel region. Compiled once per
+// instruction set.
+//
+// The parts are those of the operations called one by one, so the bits are theirs as well: rows are dealt out to the
+// workers for what is done row by row, columns for products, (sequence, head) pairs for attention, and barriers stand
+// between. A lone row is normed and prepared by every worker for itself, which costs less than a barrier. Many rows
+// pass through the products in blocks, so that what lies between two products stays in the nearer caches.
+#include "step.h"
+
+#include <stdlib.h>
+
+#include "attention.h"
+#include "rows.h"
+
+#define LS_JOIN2(a, b) liushui_##a##_##b
+#define LS_JOIN(a, b) LS_JOIN2(a, b)
+#define LS_EXPORT(result, name) extern "C" __attribute__((visibility("default"))) result LS_JOIN(name, LS_ISA)
+
+namespace {
+
+using liushui::Output;
+using liushui::PackedWeight;
+using liushui::StepBatch;
+using liushui::StepLayer;
+using liushui::StepModel;
+
+constexpr long kStepRows = 256;  // rows of a block
+
+// The best logit of a row so far.
+struct Best {
+  float value;
+  int32_t token, spoiled;
+};
+
+// Work space, cut up once per step.
+struct Space {
+  char *normed, *prepared, *qkv, *mixed, *gate_up, *inner, *update;
+  char* own;  // per worker: a row and its prepared form
+  size_t own_row, own_bytes;
+  Best* best;  // [workers, num_tokens]
+  size_t total;
+};
+
+size_t aligned(size_t bytes) { return (bytes + 63) & ~size_t{63}; }
+
+size_t most_prepared(const StepModel& m, long rows) {
+  size_t most = 0;
+  const auto see = [&](const PackedWeight* weight) {
+    for (; weight; weight = weight->next) {
+      const size_t bytes = liushui::LS_ISA::prepared_bytes(*weight, m.type, rows);
+      if (bytes > most) most = bytes;
+    }
+  };
+  for (long i = 0; i < m.num_layers; i++) {
+    const StepLayer& layer = m.layers[i];
+    see(layer.qkv), see(layer.output), see(layer.gate_up), see(layer.down);
+  }
+  see(m.head);
+  return most;
+}
+
+Space divide(const StepModel& m, long rows, long num_tokens, int threads, char* memory) {
+  const size_t size = m.type ? 2 : 4;
+  const long block = min_of(rows, kStepRows), prepared_rows = max_of(block, num_tokens);
+  const long heads = m.num_heads + 2L * m.num_kv_heads, dim = m.head_dim, mixed = m.num_heads * dim;
+  const long widest = max_of(max_of(m.hidden, m.inner), mixed);
+  Space s;
+  char* at = memory;
+  const auto take = [&](size_t bytes) {
+    char* begin = at;
+    at += aligned(bytes);
+    return begin;
+  };
+  const auto activations = [&](long count, long width) { return take((size_t)(count * width) * size); };
+  s.normed = activations(block, m.hidden);
+  s.prepared = take(most_prepared(m, prepared_rows));
+  s.qkv = activations(rows, heads * dim);
+  s.mixed = activations(rows, mixed);
+  s.gate_up = activations(block, 2 * m.inner);
+  s.inner = activations(block, m.inner);
+  s.update = activations(block, m.hidden);
+  s.own_row = aligned((size_t)widest * size);
+  s.own_bytes = s.own_row + aligned(most_prepared(m, 1));
+  s.own = take(s.own_bytes * (size_t)threads);
+  s.best = (Best*)take(sizeof(Best) * (size_t)(num_tokens * threads));
+  s.total = (size_t)(at - memory);
+  return s;
+}
+
+template <class T>
+struct Step {
+  const StepModel& m;
+  const StepBatch& b;
+  Space s;
+  int threads;
+  liushui::AttentionPlan* plans;  // of each layer
+  float* partials;
+  int32_t* taken;  // [layers, 2]: attention's tasks and merges that have been taken
+  int bad;
+};
+
+// Rows dealt out to the workers.
+struct Deal {
+  long begin, end;
+};
+LS_INLINE Deal deal(long rows, int worker, int workers) {
+  return {rows * worker / workers, rows * (worker + 1) / workers};
+}
+
+// y = make(row) w^T for `rows` rows; make(row, to) writes the row's k values. Leaves without a barrier.
+template <class T, class Make>
+void product(Step<T>& step, const PackedWeight& weight, long rows, T* made, const Make& make, const Output& out,
+             int worker, int workers) {
+  using namespace liushui::LS_ISA;
+  const int type = step.m.type;
+  const bool prepares = prepared_bytes(weight, type, rows) != 0;
+  if (rows == 1) {
+    char* own = step.s.own + (size_t)worker * step.s.own_bytes;
+    make(0, (T*)own);
+    if (prepares) prepare_rows(weight, own, type, 0, 1, own + step.s.own_row);
+    return multiply(weight, prepares ? own + step.s.own_row : own, type, 1, out, worker, workers);
+  }
+  const Deal mine = deal(rows, worker, workers);
+  for (long row = mine.begin; row < mine.end; row++) make(row, made + row * weight.k);
+  if (prepares && mine.begin < mine.end)
+    prepare_rows(weight, made, type, mine.begin, mine.end, step.s.prepared);
+  liushui::barrier(workers);
+  multiply(weight, prepares ? step.s.prepared : (char*)made, type, rows, out, worker, workers);
+}
+
+// The residual stream += y, in block [first, first + rows).
+template <class T, class Make>
+void product_to_stream(Step<T>& step, const PackedWeight& weight, long first, long rows, T* made, const Make& make,
+                       int worker, int workers) {
+  const long width = step.m.hidden;
+  T* stream = (T*)step.b.x + first * width;
+  if (step.m.residual_scale == 1.0f) {
+    product(step, weight, rows, made, make, Output{stream, step.m.type, liushui::kAdd, width, nullptr, nullptr},
+            worker, workers);
+    return liushui::barrier(workers);
+  }
+  T* update = (T*)step.s.update;
+  product(step, weight, rows, made, make, Output{update, step.m.type, liushui::kStore, width, nullptr, nullptr},
+          worker, workers);
+  liushui::barrier(workers);
+  const Deal mine = deal(rows * width, worker, workers);
+  for (long i = mine.begin; i < mine.end; i += W) {
+    const long n = mine.end - i;
+    T scaled[W];
+    store(scaled, load_up_to(update + i, n) * step.m.residual_scale);
+    store_up_to(stream + i, load_up_to(stream + i, n) + load(scaled), n);
+  }
+  liushui::barrier(workers);
+}
+
+template <class T>
+auto norm_of(const T* x, const void* weight, float eps, long width) {
+  return [=](long row, T* to) {
+    const Norm<T> norm = {x + row * width, (const T*)weight, nullptr, nullptr, to, 1, width, 1, eps, 0.0f};
+    rms_norm_task<T>((void*)&norm, 0);
+  };
+}
+
+template <class T, class K>
+void attend(Step<T>& step, long index, int worker, int workers) {
+  const StepModel& m = step.m;
+  const StepBatch& b = step.b;
+  const StepLayer& layer = m.layers[index];
+  T* qkv = (T*)step.s.qkv;
+  ToCache<T, K> write = {qkv, (K*)layer.k_cache, (K*)layer.v_cache, layer.k_scales, layer.v_scales, b.positions, b.slots, layer.rope,
+                      (const T*)layer.q_norm, (const T*)layer.k_norm, b.rows, 1, m.num_heads, m.num_kv_heads,
+                      m.head_dim, layer.rotary, m.block_size, (long)layer.max_position, (long)m.num_blocks * m.block_size,
+                      layer.head_eps, 0};
+  const Deal mine = deal(b.rows, worker, workers);
+  for (long row = mine.begin; row < mine.end; row++) to_cache_task<T, K>(&write, row);
+  if (write.bad) __atomic_store_n(&step.bad, 1, __ATOMIC_RELAXED);
+  liushui::barrier(workers);
+  Attention<T, K> a = {qkv, (const K*)layer.k_cache, (const K*)layer.v_cache, layer.k_scales, layer.v_scales, (T*)step.s.mixed, b.query_start, b.seq_lens,
+                    b.block_table, b.num_sequences, m.num_heads, m.num_kv_heads, m.head_dim, m.block_size,
+                    b.max_blocks, (long)b.rows, (long)m.num_blocks, (m.num_heads + 2L * m.num_kv_heads) * m.head_dim,
+                    layer.scale, layer.window, workers, step.plans[index], step.partials, 0};
+  int32_t* taken = step.taken + 2 * index;
+  for (long task; (task = __atomic_fetch_add(&taken[0], 1, __ATOMIC_RELAXED)) < a.plan.num_tasks;)
+    attend_task<T, K>(&a, task);
+  liushui::barrier(workers);
+  if (a.plan.num_merges) {
+    for (long task; (task = __atomic_fetch_add(&taken[1], 1, __ATOMIC_RELAXED)) < a.plan.num_merges;)
+      merge_task<T, K>(&a, task);
+    liushui::barrier(workers);
+  }
+  if (a.bad) __atomic_store_n(&step.bad, 1, __ATOMIC_RELAXED);
+}
+
+template <class T>
+void layer_forward(Step<T>& step, long index, int worker, int workers) {
+  const StepModel& m = step.m;
+  const StepLayer& layer = m.layers[index];
+  const long hidden = m.hidden, inner = m.inner, mixed = (long)m.num_heads * m.head_dim;
+  const long qkv = (m.num_heads + 2L * m.num_kv_heads) * m.head_dim;
+  const T* x = (const T*)step.b.x;
+  for (long first = 0; first < step.b.rows; first += kStepRows) {
+    const long rows = min_of(kStepRows, step.b.rows - first);
+    product(step, *layer.qkv, rows, (T*)step.s.normed,
+            norm_of(x + first * hidden, layer.attention_norm, layer.attention_eps, hidden),
+            Output{(T*)step.s.qkv + first * qkv, m.type, liushui::kStore, qkv, nullptr, nullptr}, worker, workers);
+    liushui::barrier(workers);
+  }
+  if (layer.k_scales)
+    attend<T, int8_t>(step, index, worker, workers);
+  else
+    attend<T, T>(step, index, worker, workers);
+  for (long first = 0; first < step.b.rows; first += kStepRows) {
+    const long rows = min_of(kStepRows, step.b.rows - first);
+    T* values = (T*)step.s.mixed + first * mixed;
+    product_to_stream(step, *layer.output, first, rows, values,
+                      [=](long row, T* to) {
+                        if (to != values + row * mixed) memcpy((void*)to, values + row * mixed, (size_t)mixed * sizeof(T));
+                      },
+                      worker, workers);
+    product(step, *layer.gate_up, rows, (T*)step.s.normed,
+            norm_of(x + first * hidden, layer.mlp_norm, layer.mlp_eps, hidden),
+            Output{step.s.gate_up, m.type, liushui::kStore, 2 * inner, nullptr, nullptr}, worker, workers);
+    liushui::barrier(workers);
+    const T* gate_up = (const T*)step.s.gate_up;
+    product_to_stream(step, *layer.down, first, rows, (T*)step.s.inner,
+                      [=](long row, T* to) {
+                        const long pieces = (inner + kGrain - 1) / kGrain;
+                        const Activate<T> a = {gate_up + row * 2 * inner, to, 1, inner, pieces};
+                        for (long piece = 0; piece < pieces; piece++) activate_task<T, kSiluMul>((void*)&a, piece);
+                      },
+                      worker, workers);
+  }
+}
+
+// The larger logit wins, the smaller index among equals, as argmax has it; one that is not a number spoils the row.
+template <class T>
+void keep_best(void* context, int worker, long row, long column, const float* values, long count) {
+  Step<T>& step = *(Step<T>*)context;
+  Best& best = step.s.best[(long)worker * step.b.num_tokens + row];
+  float scaled[64];
+  for (long from = 0; from < count; from += 64) {
+    const long part = min_of(64, count - from);
+    const float* v = values + from;
+    if (step.m.logits_divisor != 1.0f) {
+      for (long i = 0; i < part; i += W) {
+        T once[W];
+        store(once, load_up_to(v + i, part - i) / step.m.logits_divisor);
+        store_up_to(scaled + i, load(once), part - i);
+      }
+      v = scaled;
+    }
+    vf most = splat(best.value);
+    vi odd = {};
+    for (long i = 0; i < part; i += W) {
+      const vf x = part - i >= W ? load(v + i) : splat(best.value);
+      most = vmax(x, most);
+      odd |= (vi)(x != x);
+    }
+    bool look = part % W != 0 || lane_max(most) > best.value;
+    for (int lane = 0; lane < W; lane++) look |= odd[lane] != 0;
+    if (!look) continue;
+    for (long i = 0; i < part; i++) {
+      best.spoiled |= v[i] != v[i];
+      const int32_t token = (int32_t)(column + from + i);
+      if (v[i] > best.value || (v[i] == best.value && token < best.token)) {
+        best.value = v[i];
+        best.token = token;
+      }
+    }
+  }
+}
+
+template <class T>
+void choose_tokens(Step<T>& step, int worker, int workers) {
+  const StepBatch& b = step.b;
+  const long count = b.num_tokens;
+  for (long row = 0; row < count; row++)
+    step.s.best[worker * count + row] = Best{-__builtin_inff(), INT32_MAX, 0};
+  T* hidden = (T*)b.hidden;
+  const long width = step.m.hidden;
+  product(step, *step.m.head, count, hidden,
+          [=](long row, T* to) {
+            if (to != hidden + row * width) memcpy((void*)to, hidden + row * width, (size_t)width * sizeof(T));
+          },
+          Output{nullptr, step.m.type, liushui::kHand, 0, keep_best<T>, &step}, worker, workers);
+  liushui::barrier(workers);
+  const Deal mine = deal(count, worker, workers);
+  for (long row = mine.begin; row < mine.end; row++) {
+    Best best = step.s.best[row];
+    for (long other = 1; other < workers; other++) {
+      const Best& more = step.s.best[other * count + row];
+      best.spoiled |= more.spoiled;
+      if (more.value > best.value || (more.value == best.value && more.token < best.token)) {
+        best.value = more.value;
+        best.token = more.token;
+      }
+    }
+    const bool finite = best.value - best.value == 0.0f;
+    b.tokens[row] = best.spoiled || !finite ? -1 : best.token;
+  }
+}
+
+template <class T>
+void step_body(void* context, int worker, int workers) {
+  Step<T>& step = *(Step<T>*)context;
+  const StepBatch& b = step.b;
+  const long width = step.m.hidden;
+  for (long layer = 0; layer < step.m.num_layers; layer++) layer_forward(step, layer, worker, workers);
+  const Deal mine = deal(b.num_wanted, worker, workers);
+  for (long i = mine.begin; i < mine.end; i++)
+    norm_of((const T*)b.x, step.m.norm, step.m.norm_eps, width)(b.wanted[i], (T*)b.hidden + i * width);
+  if (b.num_tokens) {
+    liushui::barrier(workers);
+    choose_tokens(step, worker, workers);
+  }
+}
+
+constexpr int kWindows = 4;  // different ones in a model
+
+// Attention's plans of all layers: one for each different window.
+struct Plans {
+  liushui::AttentionPlan of[kWindows];
+  int window[kWindows];
+  int count;
+
+  bool add(const StepModel& m, const StepBatch& b, int threads, int layer_window, int& index) {
+    for (index = 0; index < count; index++)
+      if (window[index] == layer_window) return true;
+    if (count == kWindows) return false;
+    const auto plan = liushui::plan_attention(threads, b.num_sequences, b.query_start, b.seq_lens, m.num_kv_heads,
+                                              m.num_heads / m.num_kv_heads, layer_window);
+    using Task = liushui::AttentionTask;
+    const size_t tasks = (size_t)plan.num_tasks, merges = (size_t)plan.num_merges;
+    Task* copy = (Task*)malloc((tasks + merges + 1) * sizeof(Task));
+    if (!copy) return false;
+    memcpy(copy, plan.tasks, tasks * sizeof(Task));
+    if (merges) memcpy(copy + tasks, plan.merges, merges * sizeof(Task));
+    of[count] = plan;
+    of[count].tasks = copy;
+    of[count].merges = copy + tasks;
+    window[count++] = layer_window;
+    return true;
+  }
+  ~Plans() {
+    for (int i = 0; i < count; i++) free((void*)of[i].tasks);
+  }
+};
+
+// 0: done; 1: an index is out of range; 2: a model that a step cannot run.
+template <class T>
+int run_step(int threads, const StepModel& m, const StepBatch& b) {
+  Attention<T, T> indices = {};
+  indices.query_start = b.query_start, indices.seq_lens = b.seq_lens, indices.num_sequences = b.num_sequences;
+  indices.rows = b.rows, indices.max_blocks = b.max_blocks, indices.block_size = m.block_size;
+  if (!indices_fit(indices) || b.query_start[b.num_sequences] != b.rows || b.num_tokens > b.num_wanted) return 1;
+  for (long i = 0; i < b.num_wanted; i++)
+    if (b.wanted[i] < 0 || b.wanted[i] >= b.rows) return 1;
+  if (b.rows == 0) return 0;
+  Plans plans = {};
+  liushui::AttentionPlan* of_layer =
+      (liushui::AttentionPlan*)liushui::scratch(liushui::kPlans, (size_t)m.num_layers * (sizeof *of_layer + 8));
+  int32_t* taken = (int32_t*)(of_layer + m.num_layers);
+  memset(taken, 0, (size_t)m.num_layers * 8);
+  long most_partials = 0;
+  for (long i = 0; i < m.num_layers; i++) {
+    int index;
+    if (!plans.add(m, b, threads, m.layers[i].window, index)) return 2;
+    of_layer[i] = plans.of[index];
+    most_partials = max_of(most_partials, (long)of_layer[i].num_partials);
+  }
+  float* partials = nullptr;
+  if (most_partials)
+    partials = (float*)liushui::scratch(
+        liushui::kShared, (size_t)(most_partials * (round_up(m.head_dim, W) + 2)) * sizeof(float));
+  Step<T> step = {m, b, divide(m, b.rows, b.num_tokens, threads, (char*)b.memory), threads, of_layer, partials, taken, 0};
+  liushui::region(threads, step_body<T>, &step);
+  return step.bad;
+}
+
+}  // namespace
+
+// Bytes of work space that a step of `rows` rows takes which chooses `num_tokens` tokens.
+LS_EXPORT(size_t, step_bytes)(const StepModel* model, long rows, long num_tokens, int threads) {
+  return divide(*model, rows, num_tokens, threads, nullptr).total;
+}
+
+LS_EXPORT(int, step)(int threads, const StepModel* model, const StepBatch* batch) {
+  return (model->type ? run_step<bf16> : run_step<float>)(threads, *model, *batch);
+}

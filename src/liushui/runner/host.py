@@ -1,0 +1,143 @@
+"""Steps on the processor: pack, forward, choose, all done when the call returns.
+
+Where the native library can run all layers in one call, it also chooses the tokens of the rows that just want the
+most likely one: their logits are never put into memory. All others get theirs, and go through the sampler.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from liushui.core.plan import PlanItem, StepPlan, StepResult, TokenLogprobs
+from liushui.kernels.native_step import NativeStep
+from liushui.kernels.ops import Ops
+from liushui.layers.batch import BatchTensors, KVCache
+from liushui.layers.whole import take_apart
+from liushui.models.registry import Model
+from liushui.runner.batch import pack
+from liushui.runner.sampler import SampleRow, sample, token_logprobs
+from liushui.runner.state import SequenceState
+
+NOT_FINITE = "the model gave logits that are not finite (NaN or infinity)"
+_LOGIT_ROWS = 64
+"""Rows of float32 logits made at once: a long prompt's log-probabilities must not fill the memory."""
+
+
+def whole_step(model: Model, ops: Ops, kv: KVCache) -> NativeStep | None:
+    """All layers in one native call, for decoders of plain parts; None: operation by operation."""
+    build = getattr(ops, "step", None)
+    if build is None:
+        return None
+    parts = take_apart(model, lambda product: getattr(product.packed, "address", None))
+    step: NativeStep | None = None if parts is None else build(parts, kv.keys, kv.values, kv.scales)
+    return step
+
+
+class HostSteps:
+    """Runs plans here. Keeps the newest token of each sequence, for plans made before it was known."""
+
+    def __init__(self, model: Model, kv: KVCache, block_size: int, whole: NativeStep | None = None) -> None:
+        self.built, self.kv, self.block_size, self.whole = model, kv, block_size, whole
+        self.last_tokens: dict[str, int] = {}
+
+    def forget(self, seq_id: str) -> None:
+        self.last_tokens.pop(seq_id, None)
+
+    def run(self, plan: StepPlan, states: Mapping[str, SequenceState], model: Model) -> StepResult:
+        """One step of `model`: the one that was built, or one that watches it."""
+        packed = pack(plan, self.block_size, self.last_tokens)
+        ends = packed.query_start.tolist()
+        sampling = [(item, end - 1) for item, end in zip(plan.items, ends[1:], strict=True) if item.samples]
+        asked = [
+            (item, first) for item, first in zip(plan.items, ends, strict=False) if self._prompt_rows(item, states)
+        ]
+        if self.whole is None or model is not self.built or not {"forward", "logits"}.isdisjoint(vars(model)):
+            hidden = model.forward(self.kv, packed.tensors)
+            places = {row: row for row in range(ends[-1])}
+            best: list[int] = []
+        else:
+            # Those that want the most likely token come first.
+            sampling.sort(key=lambda pair: not _greedy(states[pair[0].seq_id]))
+            wanted = [row for _, row in sampling]
+            for item, first in asked:
+                wanted += [first + position - item.start for position in self._prompt_rows(item, states)]
+            greedy = sum(_greedy(states[item.seq_id]) for item, _ in sampling)
+            hidden, best = self._whole(self.whole, packed.tensors, wanted, greedy)
+            places = dict(zip(wanted, range(len(wanted)), strict=True))
+        prompts = {
+            item.seq_id: self._prompt_logprobs(item, states, model, hidden, places[first + rows.start - item.start])
+            for item, first in asked
+            if (rows := self._prompt_rows(item, states))
+        }
+        result = self._choose(sampling, states, model, hidden, places, best)
+        return StepResult(result.tokens, result.logprobs, prompts, result.errors)
+
+    def _whole(
+        self, whole: NativeStep, batch: BatchTensors, wanted: list[int], greedy: int
+    ) -> tuple[torch.Tensor, list[int]]:
+        rows = torch.tensor(wanted, dtype=torch.int32)
+        x = self.built.embed(batch.ids)  # type: ignore[attr-defined]
+        return whole(
+            x, batch.positions, batch.slots, batch.query_start, batch.seq_lens, batch.block_table, rows, greedy
+        )
+
+    def _choose(
+        self,
+        items: list[tuple[PlanItem, int]],
+        states: Mapping[str, SequenceState],
+        model: Model,
+        hidden: torch.Tensor,
+        places: Mapping[int, int],
+        best: list[int],
+    ) -> StepResult:
+        """The next token of each (item, its last row); those of the first items may be known already."""
+        tokens: dict[str, tuple[int, ...]] = {}
+        logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
+        errors: dict[str, str] = {}
+        chosen, raw = list(best), {}
+        left = items[len(best) :]
+        if left:
+            rows = [SampleRow(states[item.seq_id], item.start + item.num_tokens) for item, _ in left]
+            logits = model.logits(hidden[[places[row] for _, row in left]]).float()
+            # Sampling adjusts in place.
+            raw = {r: logits[r].clone() for r, row in enumerate(rows) if row.state.new.sampling.logprobs is not None}
+            drawn, finite = sample(logits, rows)
+            chosen += [token if right else -1 for token, right in zip(drawn, finite, strict=True)]
+        for i, ((item, _), token) in enumerate(zip(items, chosen, strict=True)):
+            seq_id = item.seq_id
+            if token < 0:
+                errors[seq_id] = NOT_FINITE
+                continue
+            tokens[seq_id] = (token,)
+            state = states[seq_id]
+            if (line := raw.get(i - len(best))) is not None:
+                logprobs[seq_id] = (token_logprobs(line, token, state.new.sampling.logprobs or 0),)
+            state.append(token)
+            self.last_tokens[seq_id] = token
+        return StepResult(tokens, logprobs, errors=errors)
+
+    @staticmethod
+    def _prompt_rows(item: PlanItem, states: Mapping[str, SequenceState]) -> range:
+        return states[item.seq_id].new.prompt_rows(item.start, item.num_tokens)
+
+    def _prompt_logprobs(
+        self, item: PlanItem, states: Mapping[str, SequenceState], model: Model, hidden: torch.Tensor, place: int
+    ) -> list[tuple[int, TokenLogprobs]]:
+        """The row at position p predicts the prompt's token at p + 1; the first wanted one lies at `place`."""
+        new = states[item.seq_id].new
+        rows, top = self._prompt_rows(item, states), new.sampling.prompt_logprobs or 0
+        found = []
+        for begin in rows[::_LOGIT_ROWS]:
+            end = min(begin + _LOGIT_ROWS, rows.stop)
+            at = place + begin - rows.start
+            logits = model.logits(hidden[at : at + end - begin]).float()
+            for position, line in zip(range(begin, end), logits, strict=True):
+                found.append((position + 1, token_logprobs(line, new.prompt_token_ids[position + 1], top)))
+        return found
+
+
+def _greedy(state: SequenceState) -> bool:
+    """Whether the most likely token is all that is wanted of a row."""
+    sampling: Any = state.new.sampling
+    return sampling.greedy and sampling.logprobs is None and not state.adjusts_logits
