@@ -16,6 +16,7 @@ from liushui.core.plan import PlanItem, StepPlan, StepResult, TokenLogprobs
 from liushui.kernels.triton import products, sampling
 from liushui.kernels.triton.ops import TritonOps
 from liushui.layers.batch import KVCache
+from liushui.layers.experts import Experts
 from liushui.layers.fused import forward_of
 from liushui.models.registry import Model
 from liushui.runner.sampler import SampleRow, adjust
@@ -128,6 +129,8 @@ class DeviceSteps:
         self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self.graph_failure: str | None = None
         """Why no more steps are captured."""
+        if any(isinstance(getattr(layer, "mlp", None), Experts) for layer in getattr(model, "layers", ())):
+            self.graph_failure = "the host picks the experts"
         self._seen: set[StepShape] = set()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._feed = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
