@@ -12,6 +12,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Numerics = Literal["invariant", "fast"]
 Side = Literal["left", "right"]
 Suggested = Literal["none", "auto"]
+WeightForm = Literal["auto", "native", "float32", "bf16", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,10 @@ class EngineConfig:
     """Where the model runs. auto: the first NVIDIA GPU if there is one, else the processor."""
     dtype: DType = "auto"
     """Arithmetic and KV cache: bfloat16 where the hardware has it, else float32."""
+    weights: WeightForm = "auto"
+    """How the weights of products are held. native: GGUF's quantised blocks as the file has them, all else in `dtype`;
+    float32, bf16: dequantised; int8, int4: quantised at load, in groups of 32. auto: native where that is the faster
+    choice and no dtype is asked for."""
     max_model_len: int | None = None
     """Longest prompt + answer in tokens. Default: what the model and the KV cache allow."""
     max_num_seqs: int | None = None
@@ -144,6 +149,7 @@ _CHOICES = {
     "policy": Policy,
     "kernels": Kernels,
     "numerics": Numerics,
+    "weights": WeightForm,
     "truncation_side": Side,
     "generation_config": Suggested,
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from liushui.errors import ParameterError
-from liushui.kernels.native_linear import NativeProducts
+from liushui.kernels.native_linear import BLOCK_TYPES, NativeProducts
 from liushui.kernels.native_step import DecoderParts, NativeStep, fits
 from liushui.kernels.ops import PackedLinear
 from liushui.kernels.quantised import Quantised
@@ -92,6 +92,7 @@ class NativeOps:
     """See `Ops`."""
 
     name = "native"
+    block_types = BLOCK_TYPES
 
     def __init__(self, threads: int, isa: str | None = None) -> None:
         library = _library()
@@ -170,8 +171,8 @@ class NativeOps:
         eps: float,
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """See `Ops`. With `scales` of keys and values [num_blocks, Hk, block_size] float32 the caches are int8: a head's
-        key is written as round(k / scale) with scale = max |k| / 127."""
+        """See `Ops`. With `scales` of keys and values [num_blocks, Hk, block_size] float32 the caches are int8: a
+        head's key is written as round(k / scale) with scale = max |k| / 127."""
         kind = _type_of(qkv, q_norm, k_norm)
         tokens, width = qkv.shape
         blocks, block_size = _check_heads(width, num_heads, num_kv_heads, head_dim, k_cache, v_cache)
@@ -253,6 +254,9 @@ class NativeOps:
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
         return self.products.linear(x, packed, bias)
+
+    def embed(self, ids: Tensor, packed: PackedLinear, dtype: torch.dtype) -> Tensor:
+        return self.products.embed(ids, packed, dtype)
 
 
 def _type_of(first: Tensor, *others: Tensor | None) -> int:

@@ -29,6 +29,8 @@ SOURCES = {
     "Q5_0": (7, "int8"),
 }
 """What a weight is packed from: its number in quant_pack.h, and the format it is held in as it comes."""
+BLOCK_TYPES = frozenset(SOURCES) - {"F32", "BF16"}
+"""GGUF's quantised types that are held as they are."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _STORE, _ADD = 0, 1
 _ALIGNMENT = 64
@@ -188,8 +190,3 @@ class _Part:
         if weight.dtype not in kinds:
             raise ValueError(f"native kernels take float32 or bfloat16, not {weight.dtype}")
         return cls(weight, kinds[weight.dtype], (weight.shape[0], weight.shape[1]))
-
-
-def formats(kinds: Sequence[str]) -> bool:
-    """Whether all of these GGUF types are held as they are, and can share one preparation of x."""
-    return all(kind in SOURCES and kind not in ("F32", "BF16") for kind in kinds)

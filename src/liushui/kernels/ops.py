@@ -129,6 +129,10 @@ class Ops(Protocol):
         """x [M, K] -> x @ weight.T + bias, [M, N]."""
         ...
 
+    def embed(self, ids: Tensor, packed: PackedLinear, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` [T] of a weight [N, K] that this implementation packed, in `dtype`, [T, K]."""
+        ...
+
 
 def load_ops(kind: Kernels, threads: int, *, isa: str | None = None) -> Ops:
     """The implementation asked for. `auto` takes plain torch where the native library cannot serve, and notes why.

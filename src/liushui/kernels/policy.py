@@ -7,6 +7,7 @@ import torch
 
 from liushui.kernels.linear import CertifiedLinear, PlainLinear, RowCertificate
 from liushui.kernels.ops import Ops, PackedLinear
+from liushui.kernels.quantised import Quantised
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -23,6 +24,28 @@ class OpsLinear:
         return self.ops.linear(x, self.packed, self.bias)
 
 
+@dataclass(frozen=True, slots=True)
+class DenseTable:
+    """ids [T] -> rows [T, H] of a tensor [vocabulary, H], a tensor of their own."""
+
+    weight: torch.Tensor
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight[ids]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTable:
+    """The same from a packed weight: rows are dequantised when they are looked up."""
+
+    ops: Ops
+    packed: PackedLinear
+    dtype: torch.dtype
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.ops.embed(ids, self.packed, self.dtype)
+
+
 class KernelPolicy:
     """Chooses the kernels of a model.
 
@@ -30,26 +53,47 @@ class KernelPolicy:
     product where certified. `fast`: the vendor's product as it comes.
     """
 
-    def __init__(self, ops: Ops, numerics: str = "invariant") -> None:
-        self.ops = ops
+    def __init__(self, ops: Ops, numerics: str = "invariant", quantise: str | None = None) -> None:
+        """`quantise` (int8, int4): hold the weights of products in groups of 32 integers."""
+        self.ops, self.quantise = ops, quantise
         self.numerics = numerics
         self._certificates: dict[tuple[int, int, torch.dtype, bool], RowCertificate] = {}
         self._linear_kinds: set[str] = set()
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        """A function x [M, K] -> [M, N] for weight [N, K]; the weight may be repacked."""
-        weight = weight.contiguous()
-        if self.numerics == "fast":
-            self._linear_kinds.add("vendor product, unconstrained")
-            return PlainLinear(weight, bias)
-        packed = self.ops.pack_linear(weight, bias)
+    def linear(
+        self, weight: torch.Tensor | Quantised, bias: torch.Tensor | None = None, *, exact: bool = False
+    ) -> Linear:
+        """A function x [M, K] -> [M, N] for weight [N, K]; the weight may be repacked. `exact`: never quantised."""
+        quantise = None if exact else self.quantise
+        if not isinstance(weight, Quantised):
+            weight = weight.float().contiguous() if quantise else weight.contiguous()
+            if self.numerics == "fast":
+                self._linear_kinds.add("vendor product, unconstrained")
+                return PlainLinear(weight, bias)
+        packed = self.ops.pack_linear(weight, bias, quantise)
         if packed is not None:
-            self._linear_kinds.add(f"{self.ops.name} product")
+            held = packed.kind.rpartition(": ")[2] if self.ops.name == "native" else ""
+            self._linear_kinds.add(f"{self.ops.name} product" + (f" ({held})" if held else ""))
             return OpsLinear(self.ops, packed, None if packed.has_bias else bias)
+        if isinstance(weight, Quantised):
+            raise ValueError(f"{self.ops.name} kernels have no product for {', '.join(weight.kinds)}")
         self._linear_kinds.add("vendor product in certified row counts")
         key = (*weight.shape, weight.dtype, bias is None)
         certificate = self._certificates.setdefault(key, RowCertificate())
         return CertifiedLinear(weight, bias, certificate)
+
+    def table(
+        self, weight: torch.Tensor | Quantised, dtype: torch.dtype, product: Linear | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """ids [T] -> rows [T, H] of weight [vocabulary, H] in `dtype`. `product`: with that weight, if there is one."""
+        if self.ops.name == "native" and isinstance(product, OpsLinear):
+            return PackedTable(self.ops, product.packed, dtype)
+        if isinstance(weight, Quantised):
+            packed = self.ops.pack_linear(weight)
+            if packed is not None:
+                return PackedTable(self.ops, packed, dtype)
+            weight = weight.dequantise(dtype)
+        return DenseTable(weight.to(dtype))
 
     @property
     def uses_vendor(self) -> bool:

@@ -185,6 +185,9 @@ class TorchOps:
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"packed for {packed.kind}, which plain torch cannot read")
 
+    def embed(self, ids: Tensor, packed: PackedLinear, dtype: torch.dtype) -> Tensor:
+        raise ValueError(f"packed for {packed.kind}, which plain torch cannot read")
+
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, first: int, scale: float, window: int | None) -> Tensor:
     """query [t, Hk, G, D] from position `first`, keys and values [Hk, L, D] in float64 -> [t, Hk, G, D].

@@ -11,6 +11,7 @@ import torch
 
 from liushui.errors import ModelError
 from liushui.kernels.policy import KernelPolicy, Linear
+from liushui.kernels.quantised import Quantised
 from liushui.layers.attention import Attention, AttentionShape
 from liushui.layers.batch import BatchTensors, KVCache
 from liushui.layers.blocks import Activation, DecoderLayer, GatedMLP, RMSNorm
@@ -66,14 +67,15 @@ class Decoder:
         self.activation = self.pick_activation()
         self.ropes = self.rope_tables(weights, max_positions)
         self.prefix = weights.strip_prefix("model.")
-        self.embedding = weights.take(f"{self.prefix}embed_tokens.weight", c.vocab_size, c.hidden_size)
+        table = weights.take_linear([f"{self.prefix}embed_tokens.weight"], [c.vocab_size], c.hidden_size)
         self.layers = [self.layer(weights, i, f"{self.prefix}layers.{i}") for i in range(c.num_layers)]
         self.norm = self.take_norm(weights, f"{self.prefix}norm", c.hidden_size)
         if c.tied:
             weights.drop("lm_head.weight")
-            self.head = policy.linear(self.embedding)
+            self.head = policy.linear(table)
         else:
-            self.head = policy.linear(weights.take("lm_head.weight", c.vocab_size, c.hidden_size))
+            self.head = policy.linear(weights.take_linear(["lm_head.weight"], [c.vocab_size], c.hidden_size))
+        self.embedding = policy.table(table, weights.dtype, self.head if c.tied else None)
         self.shape = self.attention_shape(0)
 
     def pick_activation(self) -> Activation:
@@ -102,9 +104,10 @@ class Decoder:
         c = self.config
         return AttentionShape(c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim**-0.5)
 
-    def qkv_weight(self, weights: Weights, prefix: str, shape: AttentionShape) -> torch.Tensor:
+    def qkv_weight(self, weights: Weights, prefix: str, shape: AttentionShape) -> torch.Tensor | Quantised:
         """[(Hq + 2 Hk) D, H]: the projections of query, key and value, one below the other."""
-        return weights.take_rows([f"{prefix}.{n}_proj.weight" for n in "qkv"], shape.qkv_rows, self.config.hidden_size)
+        names = [f"{prefix}.{n}_proj.weight" for n in "qkv"]
+        return weights.take_linear(names, shape.qkv_rows, self.config.hidden_size)
 
     def qkv(self, weights: Weights, prefix: str, shape: AttentionShape) -> Linear:
         """x [T, H] -> [T, (Hq + 2 Hk) D]."""
@@ -121,20 +124,20 @@ class Decoder:
         shape, hidden = self.attention_shape(layer), self.config.hidden_size
         qkv = self.qkv(weights, prefix, shape)
         bias = weights.take(f"{prefix}.o_proj.bias", hidden) if self.biases()[1] else None
-        output = self.policy.linear(weights.take(f"{prefix}.o_proj.weight", hidden, shape.qkv_rows[0]), bias)
+        output = self.policy.linear(weights.take_linear([f"{prefix}.o_proj.weight"], [hidden], shape.qkv_rows[0]), bias)
         norms = self.head_norms(weights, prefix)
         return Attention(self.policy, shape, qkv, output, self.ropes[layer], *norms, self.config.eps)
 
-    def gate_up_weight(self, weights: Weights, prefix: str, inner: int) -> torch.Tensor:
+    def gate_up_weight(self, weights: Weights, prefix: str, inner: int) -> torch.Tensor | Quantised:
         """[2 I, H]: the projections of gate and value, one below the other."""
         names = [f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"]
-        return weights.take_rows(names, [inner, inner], self.config.hidden_size)
+        return weights.take_linear(names, [inner, inner], self.config.hidden_size)
 
     def gated(self, weights: Weights, prefix: str, inner: int) -> GatedMLP:
         """A gated MLP of width `inner`."""
         gate_up = self.policy.linear(self.gate_up_weight(weights, prefix, inner))
-        down = self.policy.linear(weights.take(f"{prefix}.down_proj.weight", self.config.hidden_size, inner))
-        return GatedMLP(gate_up, self.activation, down)
+        down = weights.take_linear([f"{prefix}.down_proj.weight"], [self.config.hidden_size], inner)
+        return GatedMLP(gate_up, self.activation, self.policy.linear(down))
 
     def mlp(self, weights: Weights, layer: int, prefix: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """A layer's second half: [T, H] -> [T, H]."""
@@ -151,7 +154,7 @@ class Decoder:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, H], a tensor of its own."""
-        return self.embedding[ids]
+        return self.embedding(ids)
 
     def forward(self, kv: KVCache, batch: BatchTensors) -> torch.Tensor:
         """The batch's T token ids -> hidden states [T, H] after the last norm; keys and values go to `kv`."""

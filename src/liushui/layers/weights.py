@@ -2,12 +2,13 @@
 
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 
 import torch
 
 from liushui.errors import WeightError
+from liushui.kernels.quantised import Quantised
 
 # Buffers that old checkpoints carry although they can be computed.
 _IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
@@ -17,6 +18,7 @@ READ_AHEAD_BYTES = 128 * 2**20
 """Decoded tensors that may wait for the model: enough to keep both busy, little beside the model itself."""
 
 Load = Callable[[str, torch.dtype], torch.Tensor]
+Read = Callable[[str], torch.Tensor | Quantised]
 
 
 class ReadAhead:
@@ -26,10 +28,10 @@ class ReadAhead:
     a matter of speed alone.
     """
 
-    def __init__(self, names: Iterable[str], load: Load, dtype: torch.dtype) -> None:
-        self._load, self._dtype = load, dtype
+    def __init__(self, names: Iterable[str], read: Read) -> None:
+        self._read = read
         self._queue = list(names)
-        self._ahead: dict[str, Future[torch.Tensor]] = {}
+        self._ahead: dict[str, Future[torch.Tensor | Quantised]] = {}
         self._taken: set[str] = set()
         self._bytes = 0
         self._closed = False
@@ -37,13 +39,13 @@ class ReadAhead:
         self._thread = threading.Thread(target=self._run, name="liushui-read-ahead", daemon=True)
         self._thread.start()
 
-    def take(self, name: str) -> torch.Tensor:
+    def take(self, name: str) -> torch.Tensor | Quantised:
         """The tensor `name`. Raises what decoding it raised."""
         with self._change:
             self._taken.add(name)
             future = self._ahead.pop(name, None)
         if future is None:
-            return self._load(name, self._dtype)
+            return self._read(name)
         tensor = future.result()
         with self._change:
             self._bytes -= tensor.nbytes
@@ -66,10 +68,10 @@ class ReadAhead:
                     return
                 if name in self._taken:
                     continue
-                future: Future[torch.Tensor] = Future()
+                future: Future[torch.Tensor | Quantised] = Future()
                 self._ahead[name] = future
             try:
-                tensor = self._load(name, self._dtype)
+                tensor = self._read(name)
             except Exception as error:  # the asker's to see
                 future.set_exception(error)
                 continue
@@ -88,14 +90,21 @@ class Weights:
         load: Load,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        matrix_dtype: torch.dtype | None = None,
+        blocks: Callable[[str], Quantised | None] | None = None,
     ) -> None:
-        """`dtype`: of what is taken; `device`: where it goes (default: the CPU)."""
+        """`dtype`: of what is taken; `device`: where it goes (default: the CPU).
+
+        `matrix_dtype`: of the weights of products, if another. `blocks`: a matrix as the file holds it, or None for
+        those to be dequantised.
+        """
         self.dtype, self.device = dtype, device or torch.device("cpu")
+        self.matrix_dtype, self._blocks = matrix_dtype or dtype, blocks
         ordered = list(names)
         self._left = set(ordered)
         self._shape = shape
         self._load = load
-        self._ahead = ReadAhead(ordered, load, dtype)
+        self._ahead = ReadAhead(ordered, self._read)
 
     def close(self) -> None:
         """Free what was read ahead; no tensor can be taken afterwards."""
@@ -106,14 +115,34 @@ class Weights:
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor `name`, which must have `shape`."""
+        self._claim(name, shape)
+        if dtype not in (None, self.dtype):
+            return self._load(name, dtype).to(self.device)
+        return _dense(self._ahead.take(name), self.dtype).to(self.device, self.dtype)
+
+    def take_linear(self, names: Sequence[str], rows: Sequence[int], inputs: int) -> torch.Tensor | Quantised:
+        """The weight of a product, [sum of rows, inputs]: tensors [rows[i], inputs] stacked along the rows."""
+        for name, count in zip(names, rows, strict=True):
+            self._claim(name, (count, inputs))
+        found = [self._ahead.take(name) for name in names]
+        whole = [weight for weight in found if isinstance(weight, Quantised)]
+        if len(whole) == len(found):
+            return Quantised.stack(whole)
+        dense = [_dense(weight, self.matrix_dtype).to(self.device, self.matrix_dtype) for weight in found]
+        return dense[0] if len(dense) == 1 else torch.cat(dense)
+
+    def _claim(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._left:
             raise WeightError(f"tensor {name} {list(shape)} is missing from the checkpoint")
         found = tuple(self._shape(name))
         if found != shape:
             raise WeightError(f"tensor {name} has shape {list(found)}, the model's config asks for {list(shape)}")
         self._left.discard(name)
-        tensor = self._ahead.take(name) if dtype in (None, self.dtype) else self._load(name, dtype)
-        return tensor.to(self.device)
+
+    def _read(self, name: str) -> torch.Tensor | Quantised:
+        matrix = len(self._shape(name)) > 1
+        blocks = self._blocks(name) if matrix and self._blocks is not None else None
+        return blocks or self._load(name, self.matrix_dtype if matrix else self.dtype)
 
     def take_rows(self, names: Iterable[str], rows: Iterable[int], *rest: int) -> torch.Tensor:
         """Several tensors [rows[i], *rest] as one, stacked along the rows: products that share their input."""
@@ -132,3 +161,7 @@ class Weights:
         if extra:
             shown = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
             raise WeightError(f"the checkpoint has tensors that this architecture does not use: {shown}")
+
+
+def _dense(weight: torch.Tensor | Quantised, dtype: torch.dtype) -> torch.Tensor:
+    return weight.dequantise(dtype) if isinstance(weight, Quantised) else weight

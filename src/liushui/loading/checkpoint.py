@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
+    from liushui.kernels.quantised import Quantised
+
 
 class Checkpoint(Protocol):
     """One opened model. Names, shapes and values of tensors are those of Hugging Face's implementation.
@@ -31,6 +33,12 @@ class Checkpoint(Protocol):
 
     def load(self, name: str, dtype: "torch.dtype") -> "torch.Tensor":
         """The tensor `name`, [*shape(name)], dequantised and converted to `dtype`, on the CPU."""
+
+    def block_types(self) -> frozenset[str]:
+        """GGUF's names of the quantised types of this checkpoint's matrices; empty where none is quantised."""
+
+    def load_blocks(self, name: str) -> "Quantised | None":
+        """A quantised matrix as the file holds it, not dequantised; None for all other tensors."""
 
     def tokenizer(self) -> "Tokenizer":
         """Without truncation and padding. Encode with `add_special_tokens=False` and see `special["add_bos"]`."""

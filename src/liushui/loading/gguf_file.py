@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
+    from liushui.kernels.quantised import Quantised
+
 _SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -90,6 +92,35 @@ class GgufCheckpoint:
             return (factors - 1.0).to(dtype)
         values = dequantise(packed, tensor.type, dtype, tensor.name).reshape(tensor.shape)
         return values.t().contiguous() if layout is Layout.TRANSPOSED else values
+
+    def block_types(self) -> frozenset[str]:
+        """The quantised types of the matrices that `load_blocks` gives."""
+        found = (self._tensors[name] for name in self._tensors if self._in_blocks(name))
+        return frozenset(tensor.type.name for tensor, _ in found)
+
+    def load_blocks(self, name: str) -> "Quantised | None":
+        """A matrix of a quantised type as the file holds it, rows in `load`'s order; None for all other tensors."""
+        if not self._in_blocks(name):
+            return None
+        import torch
+
+        from liushui.kernels.quantised import Quantised, QuantisedRows
+        from liushui.loading.gguf_quants import dequantise
+
+        tensor, layout = self._entry(name)
+        packed = self._read(tensor)
+        if layout is Layout.ROTARY:
+            packed = self._unpermuted(packed, tensor)
+        rows = torch.from_numpy(packed)
+
+        def values(dtype: "torch.dtype") -> "torch.Tensor":
+            return dequantise(rows.numpy(), tensor.type, dtype, tensor.name).reshape(tensor.shape)
+
+        return Quantised((QuantisedRows(rows, tensor.type.name, (tensor.shape[0], tensor.shape[1]), values),))
+
+    def _in_blocks(self, name: str) -> bool:
+        tensor, layout = self._entry(name)
+        return len(tensor.shape) == 2 and tensor.type.block > 1 and layout in (Layout.SAME, Layout.ROTARY)
 
     @cached_property
     def _tokenizer(self) -> "Tokenizer":

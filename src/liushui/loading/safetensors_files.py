@@ -179,6 +179,12 @@ class SafetensorsCheckpoint:
     def _tokenizer(self) -> "Tokenizer":
         return hf_folder.read_tokenizer(self.path)
 
+    def block_types(self) -> frozenset[str]:
+        return frozenset()
+
+    def load_blocks(self, name: str) -> None:
+        return None
+
     def tokenizer(self) -> "Tokenizer":
         return self._tokenizer
 

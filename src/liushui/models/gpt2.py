@@ -50,15 +50,17 @@ class GPT2:
         vocab, positions = int(config["vocab_size"]), int(config["n_positions"])
         self.shape = self._attention_shape(bool(config.get("scale_attn_weights", True)))
         self.prefix = weights.strip_prefix("transformer.")
-        self.tokens = weights.take(f"{self.prefix}wte.weight", vocab, self.hidden)
+        table = weights.take_linear([f"{self.prefix}wte.weight"], [vocab], self.hidden)
         self.positions = weights.take(f"{self.prefix}wpe.weight", positions, self.hidden)
         self.layers = [self._layer(weights, f"{self.prefix}h.{i}") for i in range(int(config["n_layer"]))]
         self.norm = LayerNorm.take(weights, f"{self.prefix}ln_f", self.hidden)
         if config.get("tie_word_embeddings", True):
             weights.drop("lm_head.weight")
-            self.head = policy.linear(self.tokens)
+            self.head = policy.linear(table)
+            self.tokens = policy.table(table, weights.dtype, self.head)
         else:
-            self.head = policy.linear(weights.take("lm_head.weight", vocab, self.hidden))
+            self.head = policy.linear(weights.take_linear(["lm_head.weight"], [vocab], self.hidden))
+            self.tokens = policy.table(table, weights.dtype)
 
     def _attention_shape(self, scaled: bool) -> AttentionShape:
         head_dim = self.hidden // self.heads
@@ -86,7 +88,7 @@ class GPT2:
 
     def forward(self, kv: KVCache, batch: BatchTensors) -> torch.Tensor:
         """The batch's T token ids -> hidden states [T, H] after the last norm; keys and values go to `kv`."""
-        residual = self.tokens[batch.ids] + self.positions[batch.positions]
+        residual = self.tokens(batch.ids) + self.positions[batch.positions]
         x = self._norm(self.layers[0].input_norm, residual)
         for index, layer in enumerate(self.layers):
             attended = layer.attention(x, index, kv, batch)

@@ -41,7 +41,7 @@ class PaddedModel:
     def new_kv(self, rows: int, columns: int) -> PaddedKV:
         """Room for `rows` sequences of up to `columns` tokens, padding included."""
         shape = self.attentions[0].shape
-        weight = self.model.embedding if hasattr(self.model, "embedding") else self.model.tokens
+        weight = self.model.norm.weight
         layers = len(self.attentions)
         return PaddedKV(KVCache.allocate(layers, rows, shape.num_kv_heads, columns, shape.head_dim, weight.dtype))
 

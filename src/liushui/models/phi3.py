@@ -2,6 +2,7 @@
 
 import torch
 
+from liushui.kernels.quantised import Quantised
 from liushui.layers.attention import AttentionShape
 from liushui.layers.weights import Weights
 from liushui.models.llama import Mistral
@@ -13,8 +14,8 @@ class Phi3(Mistral):
     def biases(self) -> tuple[bool, bool]:
         return False, False
 
-    def qkv_weight(self, weights: Weights, prefix: str, shape: AttentionShape) -> torch.Tensor:
-        return weights.take(f"{prefix}.qkv_proj.weight", sum(shape.qkv_rows), self.config.hidden_size)
+    def qkv_weight(self, weights: Weights, prefix: str, shape: AttentionShape) -> torch.Tensor | Quantised:
+        return weights.take_linear([f"{prefix}.qkv_proj.weight"], [sum(shape.qkv_rows)], self.config.hidden_size)
 
-    def gate_up_weight(self, weights: Weights, prefix: str, inner: int) -> torch.Tensor:
-        return weights.take(f"{prefix}.gate_up_proj.weight", 2 * inner, self.config.hidden_size)
+    def gate_up_weight(self, weights: Weights, prefix: str, inner: int) -> torch.Tensor | Quantised:
+        return weights.take_linear([f"{prefix}.gate_up_proj.weight"], [2 * inner], self.config.hidden_size)

@@ -16,7 +16,7 @@ from liushui.kernels.policy import KernelPolicy
 from liushui.layers.batch import KVCache
 from liushui.layers.weights import Weights
 from liushui.models.registry import Model, ModelSizes, build, sizes
-from liushui.runner import hardware
+from liushui.runner import forms, hardware
 from liushui.runner.host import HostSteps, whole_step
 from liushui.runner.memory import GIB, KVPlan, plan_kv
 from liushui.runner.state import SequenceState
@@ -79,7 +79,8 @@ class Runner:
         dtype = hardware.pick_dtype(config.dtype, device)
         shape = sizes(checkpoint.config)
         ops = pick_ops(config, device, threads)
-        policy = KernelPolicy(ops, config.numerics)
+        form = forms.choose(config.weights, ops, dtype, checkpoint, config.numerics, config.dtype != "auto")
+        policy = KernelPolicy(ops, config.numerics, form.quantise)
         longest = min(config.max_model_len or shape.max_positions, shape.max_positions)
         on_gpu = device.type == "cuda"
         reserve = step_bytes(config, checkpoint.config) if on_gpu else 0
@@ -90,7 +91,7 @@ class Runner:
             from liushui.runner.rehearsal import Rehearsal
 
             rehearsal = Rehearsal(checkpoint, shape, config, dtype, device, longest)
-        weights = Weights(checkpoint.names(), checkpoint.shape, checkpoint.load, dtype, device)
+        weights = Weights(checkpoint.names(), checkpoint.shape, checkpoint.load, dtype, device, form.dtype, form.blocks)
         try:
             with torch.inference_mode():
                 model = build(checkpoint.config, weights, policy, longest)
@@ -103,6 +104,7 @@ class Runner:
         notes = [
             f"model: {shape.architecture}, {str(dtype).removeprefix('torch.')}, weights read in "
             f"{time.perf_counter() - started:.2f} s",
+            form.note,
             f"{policy.describe()}; {threads} threads",
         ]
         if getattr(ops, "note", None):
@@ -126,6 +128,8 @@ class Runner:
         largest = StepShape(config.step_tokens, config.seats, width, False)
         self.steps = DeviceSteps(self.model, ops, self.kv, device, self.block_size, largest)  # type: ignore[arg-type]
         self.depth = 1
+        if self.steps.graph_failure is not None:
+            self.notes.append(f"steps are not captured as CUDA graphs: {self.steps.graph_failure}")
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Pending:

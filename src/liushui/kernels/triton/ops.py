@@ -86,6 +86,9 @@ class TritonOps:
             return torch.nn.functional.linear(x, weight, bias)
         return products.product(x, weight, bias, self.chained)
 
+    def embed(self, ids: Tensor, packed: PackedLinear, dtype: torch.dtype) -> Tensor:
+        return packed.data[ids].to(dtype)
+
     # -- fused forms: the bits are those of the operations one after the other
 
     def fuses(self, rows: int, hidden: int) -> bool:

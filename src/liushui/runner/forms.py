@@ -1,0 +1,91 @@
+"""In which form the weights of products are held: `EngineConfig.weights` put into practice."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from liushui.config import WeightForm
+from liushui.errors import ParameterError
+from liushui.kernels.ops import Ops
+from liushui.kernels.quantised import Quantised
+
+SLOW_INTEGERS = ("generic",)
+"""Instruction sets without products of bytes: there float32 is faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The choice, for `Weights` and `KernelPolicy`."""
+
+    note: str
+    """One line for the start-up report."""
+    dtype: torch.dtype
+    """Of weights that are not held in blocks."""
+    quantise: str | None = None
+    """int8 or int4: quantised at load."""
+    blocks: Callable[[str], Quantised | None] | None = None
+    """Matrices as the file holds them."""
+
+
+def choose(
+    choice: WeightForm, ops: Ops, dtype: torch.dtype, checkpoint: Any, numerics: str, named: bool = False
+) -> Form:
+    """The form for this machine and file. Raises `ParameterError` for one that cannot be had.
+
+    `named`: the user has asked for `dtype` by name; that is then also the weights' unless another form is asked for.
+    """
+    kinds: frozenset[str] = getattr(checkpoint, "block_types", frozenset)()
+    known: frozenset[str] = getattr(ops, "block_types", frozenset())
+    able = bool(known) and numerics == "invariant"
+    why = f"{ops.name} kernels do not multiply with them" if not known else f"numerics {numerics} uses vendor products"
+    if choice in ("int8", "int4"):
+        if not able:
+            raise ParameterError("weights", f"{choice} needs the native CPU kernels and numerics invariant; {why}")
+        return Form(f"weights: {choice} in groups of 32, quantised at load", torch.float32, quantise=choice)
+    if choice in ("float32", "bf16"):
+        return _dense(choice, ops, dtype)
+    held = sorted(kinds & known)
+    if not kinds:
+        return Form(f"weights: {_name(dtype)}; the file has no quantised ones", dtype)
+    worth = not named and getattr(ops, "isa", "") not in SLOW_INTEGERS
+    if able and held and (choice == "native" or worth):
+        return _native(checkpoint, kinds, known, dtype)
+    if choice == "native":
+        raise ParameterError(
+            "weights", f"the file's {', '.join(sorted(kinds))} blocks cannot be used as they are: {why}"
+        )
+    if able and held and named:
+        why = "asked for by dtype"
+    elif able and held:
+        why = "this machine has no instructions for products of bytes"
+    elif able:
+        why = f"there are no products for {', '.join(sorted(kinds))}"
+    return Form(f"weights: {', '.join(sorted(kinds))} dequantised to {_name(dtype)}: {why}", dtype)
+
+
+def _native(checkpoint: Any, kinds: frozenset[str], known: frozenset[str], dtype: torch.dtype) -> Form:
+    def blocks(name: str) -> Quantised | None:
+        found: Quantised | None = checkpoint.load_blocks(name)
+        return found if found is not None and known.issuperset(found.kinds) else None
+
+    note = f"weights: {', '.join(sorted(kinds & known))} as the file has them: the fewest bytes to read"
+    if kinds - known:
+        note += f"; {', '.join(sorted(kinds - known))} dequantised to {_name(dtype)}"
+    return Form(note, dtype, blocks=blocks)
+
+
+def _dense(choice: str, ops: Ops, dtype: torch.dtype) -> Form:
+    wanted = torch.float32 if choice == "float32" else torch.bfloat16
+    if wanted is dtype:
+        return Form(f"weights: {_name(wanted)}", wanted)
+    if wanted is torch.float32:
+        raise ParameterError("weights", "float32 needs dtype float32")
+    if ops.name != "native" or getattr(ops, "isa", "") == "amx":  # its tiles would round float32 rows
+        raise ParameterError("weights", "bf16 needs dtype bfloat16 here")
+    return Form(f"weights: bf16, arithmetic {_name(dtype)}", wanted)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
