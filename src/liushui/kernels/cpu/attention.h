@@ -264,11 +264,11 @@ void write_partial(const Attention<T, K>& a, const AttentionTask& task, const Ro
 template <class K>
 void attend_task_tiled(Attention<bf16, K>& a, const AttentionTask& task) {
   const long count = (long)task.count * a.group(), dim = a.head_dim, padded = a.padded_dim();
-  const long rows_up = round_up(count, kTile), chunks = dim_chunks(dim), tiles = dim_tiles(dim);
+  const long rows_up = round_up(count, kTile), chunks = dim_chunks(dim), columns = dim_tiles(dim);
   // In floats; a tile of 16 times 32 bfloat16 is 256.
   const long sizes[] = {rows_up / kTile * chunks * 256, kTile * kKeys, rows_up * padded, rows_up, rows_up,
-                        chunks * 512, tiles * 256, 256, rows_up * padded, rows_up, rows_up,
-                        kScaled<bf16, K> ? kKeys * dim : 0, tiles * 256, kTile * padded};
+                        chunks * 512, columns * 256, 256, rows_up * padded, rows_up, rows_up,
+                        kScaled<bf16, K> ? kKeys * dim : 0, columns * 256, kTile * padded};
   constexpr int kParts = sizeof sizes / sizeof *sizes;
   float* part[kParts];
   long total = 0;
@@ -311,7 +311,7 @@ void attend_task_tiled(Attention<bf16, K>& a, const AttentionTask& task) {
                     weights);
         keep_rows(height, keep, rows.sum + row * padded, padded);
         const bool all = sight.all_from == 0 && sight.all_to == kKeys;
-        if (!all && finite < 0) finite = all_finite(values, tiles * 512);
+        if (!all && finite < 0) finite = all_finite(values, columns * 512);
         if (all || finite)
           tile_weighted(weights, values, dim, rows.sum + row * padded, padded);
         else

@@ -145,10 +145,10 @@ inline void tile_scores(const bf16* query, const bf16* keys, long dim, float* sc
 
 // sum [16, padded dim] += weights [16, kKeys] times values.
 inline void tile_weighted(const bf16* weights, const bf16* values, long dim, float* sum, long padded) {
-  const long tiles = dim_tiles(dim), stride = padded * 4;
+  const long columns = dim_tiles(dim), stride = padded * 4;
   LS_TILE_LOAD(4, weights, 64);
-  for (long t = 0; t < tiles; t += 4) {
-    const long left = tiles - t;
+  for (long t = 0; t < columns; t += 4) {
+    const long left = columns - t;
     float* to = sum + t * 16;
     const bf16* from = values + t * 512;
     LS_TILE_LOAD(0, to, stride);
