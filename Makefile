@@ -5,6 +5,7 @@
 #   make lint     ruff, mypy, import-linter and the rules of the house
 #   make bench    the offline benchmark   (ARGS="--help" to see what it can do)
 #   make format   let ruff format the tree
+#   make docs     the guide, strictly, into site/ (open site/index.html)
 #
 # Another Python: make test PYTHON=python3.12        Another environment: make test VENV=/tmp/venv
 
@@ -18,9 +19,9 @@ INPUTS := pyproject.toml scripts/setup.py $(wildcard setup.py src/liushui/kernel
 DEV := $(VENV)/.stamp-dev
 DEMO := $(VENV)/.stamp-demo
 
-.PHONY: help demo test lint bench format install clean
+.PHONY: help demo test lint bench format docs figures install clean
 help:
-	@sed -n '3,9s/^# *//p' Makefile
+	@sed -n '3,10s/^# *//p' Makefile
 
 demo: $(DEMO)
 	$(BIN)/liushui demo $(ARGS)
@@ -42,6 +43,13 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Draws the guide's figures again from the engine's tensors and event log.
+figures: $(DEV)
+	$(BIN)/python scripts/figures.py $(ARGS)
+
 install: $(DEV)
 
 # The developer's environment can do all that the demo's can, so it counts as both.
@@ -52,5 +60,5 @@ $(DEMO): $(INPUTS)
 	$(PYTHON) scripts/setup.py --venv $(VENV) --extras plot --stamp $(DEMO)
 
 clean:
-	rm -rf $(VENV) build dist demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src -name '*.so' -o -name '*.dylib' -o -name '*.egg-info' | xargs rm -rf
