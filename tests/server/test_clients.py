@@ -130,9 +130,8 @@ def test_openai_sees_an_error_inside_a_stream() -> None:
         running(scripted(executor)) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client,
     ):
-        stream = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=20, stream=True)
         with pytest.raises(openai.APIError) as caught:
-            list(stream)
+            list(client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=20, stream=True))
         assert caught.value.code == "model_error"
         assert "broken" not in str(caught.value)
 

@@ -52,7 +52,7 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
     "stream": ([False, None], ["true", 1]),
     "stream_options": ([None], [{"include_usage": True}, {}, [], {"x": 1}]),
     "add_special_tokens": ([True, False], [1]),
-    "priority": ([0, 5, -5], [2**63, 0.5, "high"]),
+    "priority": ([0, 5, -5], [101, -101, 2**63, 0.5, "high"]),
     "request_id": (["abc-1.2:3_4"], ["", "a b", "x" * 129, "a/b", "é", 5, "a\n"]),
     "cache_salt": (["s"], ["", "x" * 1025, 5]),
     "return_token_ids": ([True, False, None], [1]),

@@ -58,18 +58,11 @@ class House:
             message = f"{name!r} is not served here; what is: {', '.join(names)}"
             raise ApiError(404, "model_not_found", message, param="model")
 
-    def check_open(self) -> None:
-        """Refuse early, before any work, what the engine would refuse for a reason of its own."""
-        ready = self.engine.ready()
-        if not ready.ready:
-            raise ApiError(503, "not_ready", ready.why, retry_after=self.engine.stats().gauges.retry_after or 1.0)
-
     def greet(self, request: Request, visit: Visit, body: Generation) -> None:
-        """What comes before the work: names, and what can be refused at once. Raises `ApiError`."""
+        """What comes before the work. Raises `ApiError`."""
         visit.request_id = body.request_id or visit.request_id
         visit.timings = bool(body.return_timings) or request.headers.get("x-return-timings", "").lower() == "true"
         self.check_model(body.model)
-        self.check_open()
 
     async def in_thread(self, size: int, act: Callable[[], T]) -> T:
         """`act()`, off the event loop if it is about a text of more than a few characters."""

@@ -26,7 +26,7 @@ from liushui.server.errors import ApiError
 from liushui.server.settings import ServerConfig
 
 MAX_KEY = 512
-_FLOOR = -(2**63)
+_FLOOR = -100  # what the schema allows
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 _HEX = re.compile(r"[0-9a-fA-F]{64}\Z")
 

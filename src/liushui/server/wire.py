@@ -130,9 +130,9 @@ class EventStream(Response):
             if writing.done():
                 writing.result()
             else:
-                self._visit.code = "client_gone"
-        except (TimeoutError, OSError):
-            self._visit.code = "client_gone"
+                raise ClientGoneError
+        except (TimeoutError, OSError, ClientGoneError):
+            self._visit.status, self._visit.code = GONE, "client_gone"
         finally:
             await _cancel(writing, gone)
             await self._events.aclose()  # type: ignore[attr-defined]

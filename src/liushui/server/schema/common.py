@@ -34,6 +34,7 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_TOP = 20
 """Log-probabilities of the most likely tokens: OpenAI's bound for chat."""
 MAX_STOP_CHARS = 1024
+MAX_PRIORITY = 100
 MAX_NAME = 256
 MAX_METADATA = 64
 MAX_TIMEOUT = 86_400.0
@@ -226,7 +227,7 @@ class Generation(Stopping):
     )
 
     add_special_tokens: StrictBool | None = None
-    priority: Annotated[int, Field(ge=-INT64, le=INT64)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     """Lower is served first."""
     request_id: Annotated[str, Field(pattern=REQUEST_ID)] | None = None
     """Instead of the header X-Request-Id."""

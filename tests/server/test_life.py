@@ -1,0 +1,360 @@
+"""Coming and going: disconnects, slow readers, crowds, overload, deadlines, the end."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from liushui.errors import Overloaded
+from tests.cli.conftest import make_model
+from tests.engine.scripted import ScriptedExecutor
+from tests.support.serving import Running, events, running, scripted, tiny_engine
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.005)
+
+
+def nothing_left(server: Running) -> bool:
+    """No request, no block."""
+    scheduler = server.engine.engine.scheduler
+    unfinished = server.engine.stats().gauges.unfinished_requests
+    return not unfinished and not scheduler.has_work and scheduler.pool.num_free == scheduler.pool.num_blocks
+
+
+def tokens_made(server: Running) -> int:
+    """By the model, whether anybody saw them or not."""
+    counters = server.engine.stats().counters
+    return counters["output_tokens"] + counters["wasted_tokens"]
+
+
+def unfinished(server: Running) -> int:
+    return server.engine.stats().gauges.unfinished_requests
+
+
+class Gate:
+    """Holds the engine's steps, and lets them through one by one."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.steps = 0
+        self.single = threading.Semaphore(0)
+
+    def __call__(self, plan: Any) -> None:
+        while not self.open.is_set() and not self.single.acquire(timeout=0.01):
+            pass
+        self.steps += 1
+
+    def let(self, steps: int) -> None:
+        """Through with so many steps, and no more."""
+        self.open.clear()
+        for _ in range(steps):
+            self.single.release()
+
+    def __enter__(self) -> "Gate":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open.set()
+
+
+def metrics(server: Running) -> str:
+    return "\n".join(line for line in server.client.get("/metrics").text.splitlines() if "/v1/completions" in line)
+
+
+def raw_post(server: Running, body: dict[str, Any]) -> socket.socket:
+    data = json.dumps(body).encode()
+    raw = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    raw.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return raw
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_disconnect_ends_the_request_within_a_step(stream: bool) -> None:
+    """Steps are let through one by one: after the client has left, at most the step in flight adds a token."""
+    gate = Gate()
+    with running(scripted(ScriptedExecutor(model=lambda new, n: 40, on_step=gate))) as server, gate:
+        gate.let(3)
+        raw = raw_post(server, {"prompt": "abc", "max_tokens": 200, "stream": stream, "ignore_eos": True})
+        until(lambda: tokens_made(server) == 3)
+        raw.close()
+        until(lambda: 'status="499"' in metrics(server))
+        gate.let(20)
+        until(lambda: nothing_left(server))
+        assert tokens_made(server) <= 4
+        assert gate.steps <= 4
+        gate.open.set()
+        assert server.complete("a", max_tokens=2, ignore_eos=True).status_code == 200
+
+
+def test_a_disconnect_is_in_the_log_and_the_metrics() -> None:
+    with running(scripted(ScriptedExecutor(model=lambda new, n: 40, on_step=lambda plan: time.sleep(0.01)))) as server:
+        for stream in (False, True):
+            raw = raw_post(server, {"prompt": "a", "max_tokens": 200, "stream": stream, "ignore_eos": True})
+            until(lambda: tokens_made(server) > 0)
+            raw.close()
+            until(lambda: nothing_left(server))
+        until(lambda: 'liushui_http_requests_total{path="/v1/completions",status="499"} 2.0' in metrics(server))
+
+
+def test_many_disconnects_leave_nothing_behind(server: Running) -> None:
+    reference = server.complete("the fox", max_tokens=8, seed=1, logprobs=2).json()["choices"]
+
+    async def vandal(number: int) -> None:
+        body = {
+            "prompt": f"{number} the quick brown fox",
+            "max_tokens": 80,
+            "stream": number % 2 == 0,
+            "n": 1 + number % 3,
+        }
+        async with httpx.AsyncClient(base_url=server.url) as client:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.01 * (number % 7) + 0.005):
+                    await client.post("/v1/completions", json=body)
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(vandal(number) for number in range(60)))
+
+    asyncio.run(all_of_them())
+    until(lambda: nothing_left(server))
+    server.engine.engine.scheduler.check()
+    assert server.complete("the fox", max_tokens=8, seed=1, logprobs=2).json()["choices"] == reference
+
+
+def test_a_slow_reader_holds_up_nobody() -> None:
+    """One client reads nothing of a long stream; others are answered, and its blocks are free when its answer ends."""
+    with running(tiny_engine(max_model_len=128)) as server:
+        slow = raw_post(
+            server, {"prompt": "a", "max_tokens": 100, "n": 4, "stream": True, "ignore_eos": True, "logprobs": 20}
+        )
+        for _ in range(3):
+            assert server.complete("the fox", max_tokens=4).status_code == 200
+        until(lambda: nothing_left(server))
+        received = b""
+        slow.settimeout(10)
+        while b"[DONE]" not in received:
+            received += slow.recv(65536)
+        slow.close()
+        assert received.count(b'"finish_reason":"length"') == 4
+
+
+def test_a_reader_that_never_reads_is_given_up() -> None:
+    executor = ScriptedExecutor(model=lambda new, n: 40)
+    with running(scripted(executor, max_model_len=100_000, num_blocks=30_000), write_timeout=0.3) as server:
+        raw = socket.socket()
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        raw.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        data = json.dumps(
+            {"prompt": "a", "max_tokens": 90_000, "stream": True, "ignore_eos": True, "logprobs": 20}
+        ).encode()
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(data) + data
+        )
+        until(lambda: unfinished(server) == 1)
+        until(lambda: nothing_left(server))
+        assert tokens_made(server) < 90_000
+        raw.close()
+
+
+def test_a_crowd_gets_what_each_would_get_alone(server: Running) -> None:
+    """Forty at once, of all kinds: byte for byte the answers of one at a time."""
+    bodies: list[dict[str, Any]] = [
+        {"prompt": f"{i} the {'quick ' * (i % 5)}fox", "max_tokens": 3 + i % 9, "seed": i, "temperature": (i % 3) / 2}
+        | [{"logprobs": 2}, {"n": 2}, {"stop": ["a"]}, {"echo": True}, {"top_k": 5}][i % 5]
+        for i in range(40)
+    ]
+    alone = [server.post("/v1/completions", body).json()["choices"] for body in bodies]
+
+    async def together() -> list[Any]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+            return [answer.json()["choices"] for answer in answers]
+
+    assert asyncio.run(together()) == alone
+    until(lambda: nothing_left(server))
+
+
+def test_overload() -> None:
+    """Refused at once, with when to come back; nothing is left of a list of which one was refused."""
+    engine = scripted()
+    accept, budget = engine.submit, [0]
+
+    async def submit(request: Any) -> Any:
+        if budget[0] == 0:
+            raise Overloaded("queue_requests", "256 requests wait already", 2.3)
+        budget[0] -= 1
+        return await accept(request)
+
+    engine.submit = submit  # type: ignore[method-assign]
+    with running(engine) as server:
+        for stream in (False, True):
+            response = server.chat(stream=stream)
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "3"
+            assert response.json()["error"]["code"] == "queue_requests"
+            assert response.json()["error"]["type"] == "overloaded_error"
+        budget[0] = 2
+        assert server.complete(["a", "b", "c"], max_tokens=5).status_code == 503
+        until(lambda: nothing_left(server))
+
+
+def test_an_engine_that_is_not_ready() -> None:
+    from liushui.engine.serving import Readiness
+
+    engine = scripted()
+    with running(engine) as server:
+        engine.ready = lambda: Readiness(False, "no step for 60 s")  # type: ignore[method-assign]
+        response = server.client.get("/ready")
+        assert (response.status_code, response.json()) == (503, {"ready": False, "why": "no step for 60 s"})
+        assert server.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_engine_that_dies(stream: bool) -> None:
+    """Before the first token a status, behind it an event; never a hang, never a made-up end."""
+    for tokens in (0, 3):
+        fail = {tokens: "died"}
+        executor = ScriptedExecutor(
+            fail_row=lambda new, n, fail=fail: fail.get(n), on_step=lambda plan: time.sleep(0.02)
+        )
+        with running(scripted(executor)) as server:
+            response = server.complete("a", max_tokens=9, stream=stream, ignore_eos=True)
+            if stream and tokens:
+                assert response.status_code == 200
+                found = events(response.text)
+                assert found[-1]["error"]["code"] == "model_error"
+                assert all(not chunk["choices"][0]["finish_reason"] for chunk in found[:-1])
+            else:
+                assert (response.status_code, response.json()["error"]["code"]) == (500, "model_error")
+            assert "died" not in response.text
+
+
+def test_cancelled_from_elsewhere() -> None:
+    with running(scripted(ScriptedExecutor(model=lambda new, n: 40, on_step=lambda p: time.sleep(0.01)))) as server:
+        answers: list[Any] = []
+        waiting = threading.Thread(target=lambda: answers.append(server.complete("a", max_tokens=200, ignore_eos=True)))
+        waiting.start()
+        until(lambda: unfinished(server) == 1)
+        assert server.call(server.engine.abort(server.call(server.engine.requests())[0].request_id))
+        waiting.join(20)
+        assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (500, "aborted")
+
+
+def test_the_end_waits_for_answers_under_way() -> None:
+    """What runs is finished, what is new is refused with 503, and then it is over."""
+    gate = Gate()
+    with running(scripted(ScriptedExecutor(model=lambda new, n: 40, on_step=gate))) as server, gate:
+        gate.let(0)
+        answers: list[Any] = []
+        fields: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True, "stream": True}
+        waiting = threading.Thread(target=lambda: answers.append(server.complete("a", **fields)))
+        waiting.start()
+        until(lambda: unfinished(server) == 1)
+        server.stop()
+        until(lambda: not server.engine.ready().ready)
+        refused = server.complete("b")
+        assert refused.status_code == 503
+        assert server.client.get("/ready").status_code == 503
+        assert server.client.get("/health").status_code == 200
+        gate.open.set()
+        waiting.join(20)
+        choices = [chunk["choices"][0] for chunk in events(answers[0].text)]
+        assert len("".join(choice["text"] for choice in choices)) == 20
+        assert choices[-1]["finish_reason"] == "length"
+
+
+def serve_command(model: Path, *flags: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "liushui.cli.main", "serve", str(model), "--port", "0", "--threads", "1", *flags]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+def address_of(process: "subprocess.Popen[str]") -> str:
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("listening on "):
+            return line.split()[2]
+    raise AssertionError("".join(lines))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_from_start_to_end(tmp_path: Path, number: int) -> None:
+    """A folder becomes an answer, and a signal an end."""
+    model = make_model(tmp_path / "model")
+    with serve_command(model, "--served-model-name", "mine", "--kv-cache-gib", "0.01") as process:
+        url = address_of(process)
+        answer = httpx.post(
+            f"{url}/v1/chat/completions",
+            json={"model": "mine", "messages": [{"role": "user", "content": "a"}], "max_tokens": 3},
+            timeout=30,
+        )
+        assert answer.json()["usage"]["completion_tokens"] <= 3
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert "stopped" in process.stderr.read()
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    with serve_command(model, "--kv-cache-gib", "0.01") as process:
+        url = address_of(process)
+        body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 60}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
+            next(response.iter_lines())
+            process.send_signal(signal.SIGTERM)
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "draining" in line:
+                    break
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 130
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--host", "0.0.0.0"], "--api-key-file"),  # noqa: S104
+        (["--port", "99999"], "--port"),
+        (["--api-key", "short"], "8 to"),
+        (["--api-key-file", "/nothing/here"], "cannot be read"),
+        (["--metrics-compat", "x"], "x"),
+        (["--max-body-mib", "-1"], "--max-body-mib"),
+    ],
+)
+def test_the_command_says_what_is_wrong(tmp_path: Path, flags: list[str], what: str) -> None:
+    with serve_command(tmp_path, *flags) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert what in errors
+    assert "Traceback" not in errors
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        serve_command(model, "--port", str(taken.getsockname()[1])) as process,
+    ):
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "cannot listen" in errors
