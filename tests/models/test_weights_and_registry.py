@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from liushui.errors import ModelError, WeightError
-from liushui.kernels.policy import KernelPolicy
-from liushui.kernels.reference import TorchOps
 from liushui.layers import weights as weights_module
 from liushui.layers.weights import Weights
-from liushui.models.registry import ARCHITECTURES, architecture, build, sizes
+from liushui.models.registry import ARCHITECTURES, architecture, sizes
 from tests.support import tiny
 
 
@@ -95,15 +93,6 @@ def test_gemma3_without_the_keys_that_its_files_leave_out() -> None:
     for key in ("tie_word_embeddings", "rms_norm_eps", "hidden_activation", "attention_bias"):
         del point.config[key]
     _load(point)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
-def test_experts_are_refused_on_a_device(family: str) -> None:
-    point = tiny.checkpoint(tiny.oracle(family))
-    weights = Weights(point.names(), point.shape, point.load, torch.float32, torch.device("meta"))
-    with pytest.raises(ModelError, match="choose device cpu"):
-        build(point.config, weights, KernelPolicy(TorchOps(1)), 16)
-    weights.close()
 
 
 def test_a_missing_number_of_experts_is_named() -> None:

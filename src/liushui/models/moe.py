@@ -15,11 +15,6 @@ from liushui.models.llama import Mistral
 from liushui.models.qwen import Qwen3
 
 
-def _on_the_processor(weights: Weights) -> None:
-    if weights.device.type != "cpu":
-        raise ModelError("mixtures of experts run on the processor only: choose device cpu")
-
-
 def _count(config: Mapping[str, Any], *names: str) -> int:
     """The first of `names` that the config has."""
     for name in names:
@@ -32,17 +27,16 @@ class Mixtral(Mistral):
     """Mistral with experts in every layer; the weights of the chosen ones sum to 1."""
 
     def mlp(self, weights: Weights, layer: int, prefix: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        _on_the_processor(weights)
         c, prefix = self.config, f"{prefix}.block_sparse_moe"
         count = _count(self.source, "num_local_experts", "num_experts")
-        gate = self.policy.linear(weights.take(f"{prefix}.gate.weight", count, c.hidden_size))
+        gate = self.policy.linear(weights.take(f"{prefix}.gate.weight", count, c.hidden_size), exact=True)
         router = Router(gate, _count(self.source, "num_experts_per_tok"), normalise=True)
         return Experts(router, [self.expert(weights, f"{prefix}.experts.{i}") for i in range(count)])
 
     def expert(self, weights: Weights, prefix: str) -> GatedMLP:
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        gate_up = weights.take_rows([f"{prefix}.w1.weight", f"{prefix}.w3.weight"], [inner, inner], hidden)
-        down = weights.take(f"{prefix}.w2.weight", hidden, inner)
+        gate_up = weights.take_linear([f"{prefix}.w1.weight", f"{prefix}.w3.weight"], [inner, inner], hidden)
+        down = weights.take_linear([f"{prefix}.w2.weight"], [hidden], inner)
         return GatedMLP(self.policy.linear(gate_up), self.activation, self.policy.linear(down))
 
 
@@ -59,8 +53,7 @@ class Qwen3Moe(Qwen3):
         every = int(self.source.get("decoder_sparse_step") or 1)
         if layer in (self.source.get("mlp_only_layers") or ()) or count == 0 or (layer + 1) % every:
             return super().mlp(weights, layer, prefix)
-        _on_the_processor(weights)
         prefix, inner = f"{prefix}.mlp", _count(self.source, "moe_intermediate_size")
-        gate = self.policy.linear(weights.take(f"{prefix}.gate.weight", count, self.config.hidden_size))
+        gate = self.policy.linear(weights.take(f"{prefix}.gate.weight", count, self.config.hidden_size), exact=True)
         router = Router(gate, _count(self.source, "num_experts_per_tok"), bool(self.source.get("norm_topk_prob")))
         return Experts(router, [self.gated(weights, f"{prefix}.experts.{i}", inner) for i in range(count)])

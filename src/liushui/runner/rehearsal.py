@@ -8,7 +8,7 @@ what was not met here is compiled at its first use, as ever.
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from liushui.config import EngineConfig
 from liushui.kernels.ops import PackedLinear
-from liushui.kernels.policy import KernelPolicy
+from liushui.kernels.policy import KernelPolicy, Linear
 from liushui.kernels.triton import products
 from liushui.kernels.triton.common import INTERPRETED
 from liushui.kernels.triton.ops import TritonOps
@@ -35,6 +35,44 @@ if TYPE_CHECKING:
 
 META = torch.device("meta")
 _TRIAL_ROWS = 256
+
+
+class Bare(Weights):
+    """Tensors of the right shapes without storage; those that are computed with are ones.
+
+    Torch's own operations on such tensors are kept few: the first of most kinds makes it import a computer algebra.
+    """
+
+    def __init__(self, checkpoint: "Checkpoint", dtype: torch.dtype) -> None:
+        self.dtype, self.device = dtype, META
+        self._left, self._shape = set(checkpoint.names()), checkpoint.shape
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        self._claim(name, shape)
+        if dtype not in (None, self.dtype):
+            return torch.ones(shape, dtype=dtype)
+        return torch.empty(shape, dtype=self.dtype, device=META)
+
+    def take_linear(self, names: Sequence[str], rows: Sequence[int], inputs: int) -> Tensor:
+        return self.take_rows(names, rows, inputs)
+
+    def take_rows(self, names: Iterable[str], rows: Iterable[int], *rest: int) -> Tensor:
+        counts = list(rows)
+        for name, count in zip(names, counts, strict=True):
+            self._claim(name, (count, *rest))
+        return torch.empty(sum(counts), *rest, dtype=self.dtype, device=META)
+
+
+class BarePolicy(KernelPolicy):
+    """The real choice of kernels; what torch itself would compute comes out empty."""
+
+    def table(self, weight: Any, dtype: torch.dtype, product: Linear | None = None) -> Linear:
+        return lambda ids: weight.new_empty(len(ids), weight.shape[1])
+
+    def linear(self, weight: Any, bias: Tensor | None = None, **options: Any) -> Linear:
+        if self.numerics == "fast":
+            return lambda x: x.new_empty(len(x), weight.shape[0])
+        return super().linear(weight, bias, **options)
 
 
 class CompileOnly(TritonOps):
@@ -123,15 +161,9 @@ class Rehearsal:
         """The device's path around a model without storage."""
         source, sizes = self._checkpoint, self._sizes
 
-        def load(name: str, dtype: torch.dtype) -> Tensor:
-            return torch.empty(source.shape(name), dtype=dtype, device=META)
-
         ops = CompileOnly(self._device)
-        weights = Weights(source.names(), source.shape, load, self._dtype, META)
-        try:
-            model = build(source.config, weights, KernelPolicy(ops, self._numerics), self._longest)
-        finally:
-            weights.close()
+        policy = BarePolicy(ops, self._numerics)
+        model = build(source.config, Bare(source, self._dtype), policy, self._longest)
         model.layers = distinct(model.layers)  # type: ignore[attr-defined]
         kv = KVCache.allocate(
             sizes.num_layers, 1, sizes.num_kv_heads, self._block_size, sizes.head_dim, self._dtype, META

@@ -81,7 +81,7 @@ def _activate(x, out, size, GATED: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.c
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, unit_offset: bool, chained: bool
 ) -> torch.Tensor:
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)
     rows, size = x.shape
     if rows:
         block = triton.next_power_of_2(size)
@@ -96,7 +96,7 @@ def rms_norm(
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor | None, chained: bool
 ) -> torch.Tensor:
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)
     rows, size = x.shape
     if rows:
         block = triton.next_power_of_2(size)

@@ -254,6 +254,6 @@ def _resolve(ids, feed, out, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 def resolve(ids: torch.Tensor, feed: torch.Tensor, chained: bool) -> torch.Tensor:
     """ids [T] int32, where -1 - place stands for the token that feed[place] holds -> token ids [T] int32."""
-    out = torch.empty_like(ids)
+    out = ids.new_empty(ids.shape)
     _resolve[(triton.cdiv(len(ids), 1024),)](ids, feed, out, len(ids), BLOCK=1024, **options(chained, 4))
     return out
