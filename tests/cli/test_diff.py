@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from liushui import LLM
-from liushui.engine.diff import FLOAT32, Limits, Question, diff
+from liushui.engine.diff import FLOAT32, QUANTISED, Limits, Question, diff, limits_of
 from liushui.kernels.reference import TorchOps
 from tests.cli.conftest import Done
 
@@ -52,6 +52,19 @@ def test_bfloat16_has_limits_of_its_own(liushui: Callable[..., Done], readable: 
     assert all(row["passed"] and row["cause"] in ("same", "tie", "numerics") for row in done.rows)
     assert max(row["error"] for row in done.rows) > 1e-3
     assert [row["line"] for row in done.rows] == [1, 2, 3]
+
+
+def test_blocks_of_the_file_have_limits_of_their_own(model: Path) -> None:
+    dense, packed = (
+        LLM(str(model), dtype="float32", kv_cache_gib=0.01, threads=1, weights=w) for w in ("auto", "int8")
+    )
+    assert limits_of(dense.engine.executor) is FLOAT32
+    assert limits_of(packed.engine.executor) is QUANTISED
+    questions = [Question(ids=[5, 6, 7]), Question(text="The sky is")]
+    found = list(diff(packed, Mirror(dense), questions, 5, QUANTISED))
+    assert [comparison.index for comparison in found] == [0, 1]
+    assert all(comparison.passed for comparison in found), found
+    assert max(comparison.error or 0.0 for comparison in found) > 1e-4
 
 
 def test_a_template_of_its_own_is_named(

@@ -51,15 +51,16 @@ def diff(
     llm = load_llm(replace(config, model=model))
     templated = template == "auto" and llm.tokenizer.template_hash is not None
     questions = questions_of(rows, templated)
-    from liushui.engine.diff import BFLOAT16, FLOAT32
     from liushui.engine.diff import diff as run
+    from liushui.engine.diff import limits_of
     from liushui.loading.hub import resolve
 
     for line in llm.startup_report():
         note(line)
     peer = Transformers(resolve(model))
     note(f"beside: {peer.name}, float32")
-    limits = BFLOAT16 if str(llm.engine.executor.dtype).endswith("bfloat16") else FLOAT32
+    limits = limits_of(llm.engine.executor)
+    note(f"limits: logits closer than {limits.tie} may swap; log-probabilities {limits.error} apart are a bug")
     made = []
     for comparison in run(llm, peer, questions, max_tokens, limits):
         made.append(comparison)

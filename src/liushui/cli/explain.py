@@ -16,11 +16,11 @@ from liushui.errors import LiushuiError
 if TYPE_CHECKING:
     from liushui.engine.explain import Mistake
 
-KEPT = {"model", "dtype", "max_num_batched_tokens", "block_size", "threads", "kernels", "kv_cache_gib"}
+KEPT = {"model", "dtype", "weights", "max_num_batched_tokens", "block_size", "threads", "kernels", "kv_cache_gib"}
 """Engine flags that make a difference to what is seen."""
 
 
-@with_flags(engine_group(frozenset(EngineConfig.names()) - KEPT))
+@with_flags(engine_group(frozenset(EngineConfig.names()) - KEPT, dtype="float32"))
 def explain(
     config: EngineConfig,
     prompts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or several prompts, answered together.")],

@@ -66,6 +66,8 @@ class Runner:
         self.host = HostSteps(model, self.kv, plan.block_size)
         self.steps: DeviceSteps | None = None
         """Where steps run if not here: on a GPU."""
+        self.quantised = False
+        """Whether products round their rows to 8 bits, as weights in blocks ask for."""
         self.depth = 0
         """Steps worth keeping in flight while the next one is planned."""
 
@@ -110,6 +112,7 @@ class Runner:
         if getattr(ops, "note", None):
             notes.append(str(ops.note))
         runner = cls(model, shape, plan, dtype, notes, device)
+        runner.quantised = form.quantise is not None or form.blocks is not None
         if ops.name == "triton":
             runner._run_on(device, ops, config)
         elif (whole := whole_step(model, ops, runner.kv)) is not None:
