@@ -1,5 +1,7 @@
 """`Ops` on an NVIDIA GPU."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ class TritonOps:
         self.device = device
         self.chained = common.pdl(device)
         self.note = "Triton kernels"
+        self._prefill = _warp_roles(device)
         self._arrived = torch.zeros(max_num_seqs * 256, dtype=torch.int32, device=device)
         self.certificates: dict[tuple[int, int, torch.dtype, bool], products.Certificate] = {}
         # The vendor's products must not round partial sums to 16 bits: the certificates would refuse them all.
@@ -57,7 +60,11 @@ class TritonOps:
         batch = (qkv, k_cache, v_cache, out, query_start, seq_lens, block_table, scale, window)
         if seq_lens.shape[0]:
             attention.decode(shape, *batch, self._arrived, self.chained)
-            if qkv.shape[0] > seq_lens.shape[0]:  # else every sequence feeds one token
+            if qkv.shape[0] == seq_lens.shape[0]:  # every sequence feeds one token
+                return out
+            if self._prefill is not None and self._prefill.serves(shape, qkv.dtype, window):
+                self._prefill.prefill(shape, *batch[:-1], self.chained)
+            else:
                 attention.chunks(shape, *batch, self.chained)
         return out
 
@@ -121,3 +128,14 @@ class TritonOps:
             f"product {n} x {k}{' + bias' if biased else ''}: {found.describe()}"
             for (n, k, _, biased), found in self.certificates.items()
         ]
+
+
+def _warp_roles(device: torch.device) -> Any:
+    """The module `prefill` where its kernel runs, else None."""
+    if common.INTERPRETED:
+        return None
+    try:
+        from liushui.kernels.triton import prefill
+    except ImportError:  # an older Triton
+        return None
+    return prefill if prefill.available(device) else None
