@@ -16,7 +16,7 @@ from liushui.errors import LiushuiError
 if TYPE_CHECKING:
     from liushui.engine.explain import Mistake
 
-KEPT = {"model", "dtype", "weights", "max_num_batched_tokens", "block_size", "threads", "kernels", "kv_cache_gib"}
+KEPT = {"model", "dtype", "max_num_batched_tokens", "block_size", "threads", "kernels", "kv_cache_gib"}
 """Engine flags that make a difference to what is seen."""
 
 
@@ -61,6 +61,8 @@ def explain(
 
         show(made, words, Console(highlight=False, width=None if Console().is_terminal else 140))
     if mistake is None and not all(made.same):
+        if config.dtype != "float32":
+            note("rounded products make much of little: tokens nearly tied may swap. Compare with --dtype float32")
         raise typer.Exit(1)
 
 
