@@ -172,6 +172,44 @@ def test_langchain(parrot: Running) -> None:
     assert legacy.invoke("hi") == SAID
 
 
+def test_lm_eval(server: Running) -> None:
+    """Log-likelihoods through HTTP are the engine's own; the tokenizer is asked of the server."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("tenacity")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from liushui.config import EngineConfig
+    from liushui.engine.llm import LLM
+    from liushui.engine.startup import join
+    from tests.engine.scripted import VOCAB_SIZE, tiny_tokenizer
+    from tests.support import tiny
+
+    model = LocalCompletionsAPI(
+        model="tiny", base_url=f"{server.url}/v1/completions", num_concurrent=1, max_length=128, batch_size=2
+    )
+    assert model.tokenizer_backend == "remote"
+    pairs = [("the quick", " brown fox"), ("你", "好"), ("the lazy dog", " jumps over the fox"), ("a", " b")]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    found = model.loglikelihood(asked, disable_tqdm=True)
+    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128, block_size=4)
+    runner = tiny.runner(
+        tiny.oracle("llama", vocab_size=VOCAB_SIZE),
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        max_model_len=128,
+        block_size=4,
+    )
+    llm = LLM.from_engine(join(config, runner, tiny_tokenizer()), tiny_tokenizer(), config)
+    scores = llm.score([a for a, _ in pairs], [b for _, b in pairs], use_tqdm=False)
+    for (logprob, greedy), score in zip(found, scores, strict=True):
+        assert logprob == pytest.approx(score.logprob, abs=1e-9)
+        assert greedy == score.is_greedy
+    until = [Instance("generate_until", {}, ("the fox", {"until": ["zzz"], "max_gen_toks": 5}), 0)]
+    said = server.complete("the fox", temperature=0, max_tokens=5).json()["choices"][0]["text"]
+    assert model.generate_until(until, disable_tqdm=True) == [said]
+
+
 def test_litellm(parrot: Running) -> None:
     litellm = pytest.importorskip("litellm")
     where = {"api_base": f"{parrot.url}/v1", "api_key": "unused", "max_retries": 0}

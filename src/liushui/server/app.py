@@ -86,6 +86,7 @@ def _add_gets(app: FastAPI, house: House, metrics: Metrics) -> None:
     gets: list[tuple[str, Callable[[Request], Awaitable[Response]]]] = [
         ("/v1/models", models),
         ("/v1/models/{name:path}", model),
+        ("/tokenizer_info", _bound(small.tokenizer_info, house)),
         ("/health", health),
         ("/ready", _bound(small.ready, house)),
         ("/metrics", partial(small.metrics, metrics)),

@@ -93,6 +93,7 @@ PATHS = frozenset(
         "/v1/models",
         "/tokenize",
         "/detokenize",
+        "/tokenizer_info",
         "/health",
         "/ready",
         "/metrics",

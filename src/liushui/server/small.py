@@ -54,6 +54,23 @@ async def detokenize(house: House, request: Request) -> Response:
     return JsonResponse({"prompt": await house.in_thread(len(body.tokens), decode)})
 
 
+async def tokenizer_info(house: House, request: Request) -> Response:
+    """What a client needs to use the server's tokenizer from afar, as in vLLM; lm-eval asks for it."""
+    tokenizer, info = house.engine.tokenizer, house.engine.info
+    ends = [tokenizer.id_to_text(token) for token in tokenizer.eos_token_ids]
+    return JsonResponse(
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": tokenizer.special_tokens.get("bos_token"),
+            "eos_token": tokenizer.special_tokens.get("eos_token") or next(iter(ends), None),
+            "eos_tokens": ends,
+            "add_bos_token": tokenizer.add_bos,
+            "model_max_length": info.limits.longest,
+            "chat_template": tokenizer.chat_template,
+        }
+    )
+
+
 async def ready(house: House, request: Request) -> Response:
     """Whether a request sent now would be served. Why not is told to those who may know: without keys, to all."""
     found = house.engine.ready()
