@@ -7,7 +7,7 @@ from torch import Tensor
 
 from liushui.kernels.ops import PackedLinear
 from liushui.kernels.quantised import Quantised
-from liushui.kernels.triton import attention, cache, common, products, rows
+from liushui.kernels.triton import attention, cache, common, products, rotate, rows
 
 _FUSED_NORM = 2048
 """Longest row whose norm is formed within the product: each program forms it again."""
@@ -46,7 +46,8 @@ class TritonOps:
         k_cache: Tensor, v_cache: Tensor, rope: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None,
         eps: float,
     ) -> None:  # fmt: skip
-        cache.qkv_to_cache(
+        kernel = rotate if rotate.serves(num_heads, num_kv_heads, head_dim, rope) else cache
+        kernel.qkv_to_cache(
             qkv, num_heads, num_kv_heads, head_dim, positions, slots, k_cache, v_cache, rope, q_norm, k_norm, eps,
             self.chained,
         )  # fmt: skip
