@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from liushui.errors import ParameterError
 
 DType = Literal["auto", "float32", "bfloat16"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
 Policy = Literal["continuous", "static"]
 Kernels = Literal["auto", "native", "torch", "triton"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -39,6 +40,9 @@ class EngineConfig:
     """continuous: enter and leave at every step. static: gather, enter together, leave together."""
     kv_cache_gib: float | None = None
     """Memory for the KV cache in GiB. Default: what the batch can use, within half of the free memory."""
+    kv_cache_dtype: KVCacheDType = "auto"
+    """Type of cached keys and values. auto: that of the arithmetic. int8: half of bfloat16, with a scale for each token
+    and head; native CPU kernels only."""
     block_size: int | None = None
     """Tokens in a KV block. Default: 16, on a GPU 64 (what its copy engine fetches at once)."""
     prefix_caching: bool = True
@@ -150,6 +154,7 @@ _CHOICES = {
     "kernels": Kernels,
     "numerics": Numerics,
     "weights": WeightForm,
+    "kv_cache_dtype": KVCacheDType,
     "truncation_side": Side,
     "generation_config": Suggested,
 }

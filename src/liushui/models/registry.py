@@ -58,7 +58,8 @@ class ModelSizes:
     max_positions: int
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+        scale = 4 if dtype is torch.int8 else 0  # float32, for each token and head
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * dtype.itemsize + scale)
 
 
 def architecture(config: Mapping[str, Any]) -> str:

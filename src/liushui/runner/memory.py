@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from liushui.config import EngineConfig
-from liushui.errors import CapacityError
+from liushui.errors import CapacityError, ParameterError
 from liushui.models.registry import ModelSizes
 
 GIB = 2**30
@@ -31,6 +31,24 @@ class KVPlan:
 GPU_BLOCK_SIZE = 64
 BLOCK_SIZE = 16
 """Tokens in a block, unless the settings or the device say otherwise."""
+
+
+def pick_kv_dtype(config: EngineConfig, dtype: torch.dtype, ops_name: str) -> torch.dtype:
+    """`EngineConfig.kv_cache_dtype` -> the type of the cache. Raises `ParameterError` for one that cannot be had."""
+    arithmetic = str(dtype).removeprefix("torch.")
+    if config.kv_cache_dtype in ("auto", arithmetic):
+        return dtype
+    if config.kv_cache_dtype != "int8":
+        raise ParameterError(
+            "kv_cache_dtype",
+            f"{config.kv_cache_dtype} beside {arithmetic} arithmetic is not supported; choose auto or int8, or dtype "
+            f"{config.kv_cache_dtype}",
+        )
+    if ops_name != "native":
+        raise ParameterError(
+            "kv_cache_dtype", f"int8 needs the native CPU kernels, not {ops_name} kernels; choose auto"
+        )
+    return torch.int8
 
 
 def plan_kv(

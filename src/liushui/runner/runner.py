@@ -18,7 +18,7 @@ from liushui.layers.weights import Weights
 from liushui.models.registry import Model, ModelSizes, build, sizes
 from liushui.runner import forms, hardware
 from liushui.runner.host import HostSteps, whole_step
-from liushui.runner.memory import GIB, KVPlan, plan_kv
+from liushui.runner.memory import GIB, KVPlan, pick_kv_dtype, plan_kv
 from liushui.runner.state import SequenceState
 
 
@@ -55,13 +55,15 @@ class Runner:
         dtype: torch.dtype,
         notes: list[str] | None = None,
         device: torch.device | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.vocab_size, self.dtype = model, sizes.vocab_size, dtype
         self.num_blocks, self.block_size, self.max_model_len = plan.num_blocks, plan.block_size, plan.max_model_len
         self.notes = [*(notes or []), *plan.notes]
         self.kv = KVCache.allocate(
-            sizes.num_layers, plan.num_blocks, sizes.num_kv_heads, plan.block_size, sizes.head_dim, dtype, device
-        )
+            sizes.num_layers, plan.num_blocks, sizes.num_kv_heads, plan.block_size, sizes.head_dim, kv_dtype or dtype,
+            device,
+        )  # fmt: skip
         self.states: dict[str, SequenceState] = {}
         self.host = HostSteps(model, self.kv, plan.block_size)
         self.steps: DeviceSteps | None = None
@@ -102,7 +104,8 @@ class Runner:
         if ops.name == "native":
             ops.share_threads(with_torch=policy.uses_vendor)  # type: ignore[attr-defined]
         free = hardware.free_gpu_bytes(device, reserve) if on_gpu else hardware.free_memory_bytes()
-        plan = plan_kv(config, shape, dtype, free, on_gpu=on_gpu)
+        kv_dtype = pick_kv_dtype(config, dtype, ops.name)
+        plan = plan_kv(config, shape, kv_dtype, free, on_gpu=on_gpu)
         notes = [
             f"model: {shape.architecture}, {str(dtype).removeprefix('torch.')}, weights read in "
             f"{time.perf_counter() - started:.2f} s",
@@ -111,7 +114,9 @@ class Runner:
         ]
         if getattr(ops, "note", None):
             notes.append(str(ops.note))
-        runner = cls(model, shape, plan, dtype, notes, device)
+        if kv_dtype is torch.int8:
+            notes.append("KV cache in int8, with a scale for each token and head: answers differ a little")
+        runner = cls(model, shape, plan, dtype, notes, device, kv_dtype)
         runner.quantised = form.quantise is not None or form.blocks is not None
         if ops.name == "triton":
             runner._run_on(device, ops, config)

@@ -78,10 +78,15 @@ template <class T>
 LS_INLINE void plain_row(const int8_t* from, long dim, T* to) {
   long d = 0;
   for (; d + W <= dim; d += W) {
-    typedef int8_t vb __attribute__((vector_size(W)));
-    vb bytes;
-    memcpy(&bytes, from + d, sizeof bytes);
-    store(to + d, __builtin_convertvector(bytes, vf));
+#if defined(__AVX512F__)
+    store(to + d, (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + d)))));
+#elif defined(__AVX2__) && LS_WIDTH == 8
+    store(to + d, (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + d)))));
+#else
+    vi whole;
+    for (int i = 0; i < W; i++) whole[i] = from[d + i];
+    store(to + d, __builtin_convertvector(whole, vf));
+#endif
   }
   for (; d < dim; d++) {
     const vf one = splat((float)from[d]);
