@@ -140,7 +140,54 @@ def test_every_word_is_there_in_both_languages() -> None:
         assert pair[1].count("{") == pair[0].count("{")
     assert Words("zh")("yes") == "是"
     assert (pick_lang("zh"), pick_lang("en")) == ("zh", "en")
-    assert pick_lang(None) in ("zh", "en")
+
+
+def test_the_language_is_that_of_the_locale_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LANG", "zh_CN.UTF-8")
+    assert pick_lang(None) == "zh"
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    assert pick_lang(None) == "en"
+    assert pick_lang("zh") == "zh"
+
+
+def test_everything_at_once(liushui: Callable[..., Done], engine_flags: list[str], tmp_path: Path) -> None:
+    """Several prompts, beside the padded way, in Chinese: a page and JSON from one run, which agree."""
+    path = tmp_path / "page.html"
+    done = liushui(
+        "explain",
+        "a",
+        "bcd",
+        "流水",
+        "--padded",
+        "--html",
+        path,
+        "--json",
+        "--lang",
+        "zh",
+        "--max-tokens",
+        3,
+        *engine_flags,
+    )
+    assert done.code == 0, done.err
+    made = json.loads(done.out)
+    assert [prompt["text"] for prompt in made["prompts"]] == ["a", "bcd", "流水"]
+    assert made["same"] == [True, True, True]
+    first = made["packed"]["steps"][0]
+    fed = sum(len(prompt["tokens"]) for prompt in made["prompts"])
+    assert first["shapes"]["ids"] == [fed]
+    assert first["shapes"]["logits"] == [3, 258]
+    assert first["argmax_dim"] == -1
+    row = first["rows"][2]
+    assert (row["positions"], row["kv_before"], row["kv_after"]) == (list(range(6)), 0, 6)
+    assert row["blocks"]
+    assert row["choice"]["probability"] >= row["choice"]["runner_up_probability"] > 0
+    beside = made["padded"]["steps"][0]["rows"][0]
+    assert (beside["mask"], beside["positions"]) == ([0] * 5 + [1], [0] * 6)
+    page = path.read_text()
+    assert 'lang="zh"' in page
+    assert "流水" in page
 
 
 def test_a_grid_that_is_too_wide_loses_its_middle() -> None:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -62,6 +63,29 @@ def test_a_rung_as_a_program(
     assert "prompt tokens are cut off on the left" in said
     assert "same tokens as each shortened prompt alone: checked" in said
     assert "tokens/s" in said
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_every_rung_is_a_program(
+    rung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It prints what it measured, and that its tokens are those of the rung before it."""
+    monkeypatch.setattr(sys, "argv", [f"{rung}.py", str(make_model(tmp_path / "tiny"))])
+    run_path(str(EXAMPLES / f"{rung}.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    for measured in ("tokens/s", "first token after", "wasted"):
+        assert measured in said
+    before = RUNGS.index(rung) - 1
+    assert (f"same tokens as {RUNGS[before]}: checked" in said) == (before >= 0)
+
+
+def test_a_rung_that_chooses_otherwise_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["02_kv_cache.py", str(make_model(tmp_path / "tiny"))])
+    wrong = import_module("02_kv_cache")
+    honest = wrong.generate
+    monkeypatch.setattr(wrong, "generate", lambda *args: [[0, *answer[1:]] for answer in honest(*args)])
+    with pytest.raises(AssertionError, match="02_kv_cache chose other tokens than 01_one_sequence"):
+        import_module("ladder").climb("02_kv_cache", "01_one_sequence")
 
 
 @pytest.mark.real_model

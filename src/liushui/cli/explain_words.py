@@ -1,6 +1,7 @@
 """What `liushui explain` says, in English and Chinese."""
 
 import locale
+import os
 from typing import Literal
 
 Lang = Literal["en", "zh"]
@@ -102,10 +103,12 @@ MISTAKES: dict[str, tuple[str, str]] = {
 
 
 def pick_lang(wanted: str | None) -> Lang:
-    """The language asked for, else that of the locale."""
+    """The language asked for, else that of the locale: by its name, for it need not be installed (POSIX, 8.2)."""
     if wanted in ("en", "zh"):
         return "zh" if wanted == "zh" else "en"
-    return "zh" if (locale.getlocale()[0] or "").lower().startswith(("zh", "chinese")) else "en"
+    named = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    found = next(filter(None, named), None) or locale.getlocale()[0] or ""
+    return "zh" if found.lower().startswith(("zh", "chinese")) else "en"
 
 
 class Words:
