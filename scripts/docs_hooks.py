@@ -10,12 +10,17 @@ ROOT = Path(__file__).resolve().parent.parent
 HELP = re.compile(r"<!-- help: (\w+) -->")
 SOURCE = re.compile(r"^\| *`((?:src|tests|examples|scripts)/[^`]+)`", re.MULTILINE)
 WIDTH = 88
+HAN = "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef\u201c\u201d]"
+WRAPPED = re.compile(rf"(?<={HAN})\n *(?={HAN})")
+FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by mkdocs for every page before it is rendered."""
     name = page.file.src_uri.removesuffix(".md")
     zh = name.endswith(".zh")
+    if zh:
+        markdown = unwrapped(markdown)
     match name.removesuffix(".zh"):
         case "commands":
             return with_help(markdown)
@@ -31,6 +36,12 @@ def on_post_build(config: Any, **_: Any) -> None:
         from mkdocs.exceptions import PluginError
 
         raise PluginError("pages fetch from other sites:\n" + "\n".join(found[:10]))
+
+
+def unwrapped(markdown: str) -> str:
+    """Chinese has no space between words, so a line's end inside a paragraph must not become one."""
+    parts = FENCED.split(markdown)
+    return "".join(part if part.startswith("```") else WRAPPED.sub("", part) for part in parts)
 
 
 def with_help(markdown: str) -> str:

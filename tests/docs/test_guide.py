@@ -56,6 +56,12 @@ def test_every_page_is_in_both_languages() -> None:
     assert here <= {page.stem for page in ENGLISH if chinese(page).exists()}
 
 
+def test_a_wrapped_line_of_chinese_has_no_space_in_it() -> None:
+    page = "没有人等\n一桌坐满，\n  也没有人\n等 it\nends。\n\n- 一\n- 二\n\n```text\n一\n二\n```\n"
+    made = docs_hooks.unwrapped(page)
+    assert made == "没有人等一桌坐满，也没有人等 it\nends。\n\n- 一\n- 二\n\n```text\n一\n二\n```\n"
+
+
 # -- what runs
 
 
