@@ -1,13 +1,15 @@
 """KV memory: what is asked for fits, or the error says what would."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from liushui.config import EngineConfig
 from liushui.errors import CapacityError
 from liushui.models.registry import ModelSizes
+from liushui.runner.gpu_memory import named_when_exhausted, reserve_for_steps, step_bytes
 from liushui.runner.memory import GIB, plan_kv
-from liushui.runner.runner import check_weights_fit
 from tests.support.tiny import DictCheckpoint
 
 SMOL = ModelSizes("LlamaForCausalLM", 30, 3, 64, 49152, 8192)
@@ -53,12 +55,27 @@ def test_a_gpu_is_filled_in_larger_blocks() -> None:
     assert plan.num_tokens * plan.bytes_per_token > 8 * GIB - 64 * plan.bytes_per_token
 
 
-def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
-    checkpoint = DictCheckpoint({}, {"a": torch.empty(1024, 1024, device="meta"), "b": torch.empty(10, device="meta")})
-    check_weights_fit(checkpoint, torch.bfloat16, 3 * 2**20, 2**19)
-    with pytest.raises(CapacityError, match=r"2\.0 GiB|0\.0 GiB") as caught:
-        check_weights_fit(checkpoint, torch.bfloat16, 2 * 2**20, 2**19)
+def test_weights_that_do_not_fit_are_refused_with_what_would() -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000}
+    checkpoint = DictCheckpoint(sizes, {"a": torch.empty(2**20, 1024, device="meta")})
+    config = EngineConfig().settled(True)
+    reserve = reserve_for_steps(config, checkpoint, torch.bfloat16, 10 * GIB)
+    assert reserve == step_bytes(config, sizes) > 2 * GIB
+    with pytest.raises(CapacityError, match=r"2\.0 GiB in bfloat16 .* max_num_batched_tokens=(\d+)") as caught:
+        reserve_for_steps(config, checkpoint, torch.bfloat16, 5 * GIB)
     assert caught.value.field == "device"
+    fits = int(str(caught.value).split("max_num_batched_tokens=")[1].split()[0])
+    assert 16 <= fits < 8192
+    smaller = replace(config, max_num_batched_tokens=fits, max_num_seqs=min(fits, 256))
+    assert reserve_for_steps(smaller, checkpoint, torch.bfloat16, 5 * GIB) <= 3 * GIB
+    with pytest.raises(CapacityError, match="smaller model"):
+        reserve_for_steps(config, checkpoint, torch.bfloat16, 2 * GIB)
+
+
+def test_torchs_own_error_names_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 8 * GIB))
+    with pytest.raises(CapacityError, match=r"CUDA out of memory.*3\.0 GiB"), named_when_exhausted(torch.device("cpu")):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 
 
 def test_the_batch_of_the_device() -> None:

@@ -1,8 +1,6 @@
 """`StepPlan` in, tokens out: pack, forward, sample. On a CPU here, on a GPU in `device`."""
 
-import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,15 +8,16 @@ import torch
 
 from liushui.config import EngineConfig
 from liushui.core.plan import Pending, StepPlan, StepResult
-from liushui.errors import CapacityError, ParameterError
+from liushui.errors import ParameterError
 from liushui.kernels.ops import Ops, load_ops
 from liushui.kernels.policy import KernelPolicy
 from liushui.layers.batch import KVCache
 from liushui.layers.weights import Weights
 from liushui.models.registry import Model, ModelSizes, build, sizes
 from liushui.runner import forms, hardware
+from liushui.runner.gpu_memory import named_when_exhausted, reserve_for_steps
 from liushui.runner.host import HostSteps, whole_step
-from liushui.runner.memory import GIB, KVPlan, pick_kv_dtype, plan_kv
+from liushui.runner.memory import KVPlan, pick_kv_dtype, plan_kv
 from liushui.runner.state import SequenceState
 
 
@@ -87,17 +86,15 @@ class Runner:
         policy = KernelPolicy(ops, config.numerics, form.quantise)
         longest = min(config.max_model_len or shape.max_positions, shape.max_positions)
         on_gpu = device.type == "cuda"
-        reserve = step_bytes(config, checkpoint.config) if on_gpu else 0
-        if on_gpu:
-            check_weights_fit(checkpoint, dtype, hardware.free_gpu_bytes(device, 0), reserve)
-        rehearsal = None
+        reserve, rehearsal = 0, None
         if on_gpu:
             from liushui.runner.rehearsal import Rehearsal
 
+            reserve = reserve_for_steps(config, checkpoint, dtype, hardware.free_gpu_bytes(device, 0))
             rehearsal = Rehearsal(checkpoint, shape, config, dtype, device, longest)
         weights = Weights(checkpoint.names(), checkpoint.shape, checkpoint.load, dtype, device, form.dtype, form.blocks)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), named_when_exhausted(device):
                 model = build(checkpoint.config, weights, policy, longest)
         finally:
             weights.close()
@@ -116,7 +113,8 @@ class Runner:
             notes.append(str(ops.note))
         if kv_dtype is torch.int8:
             notes.append("KV cache in int8, with a scale for each token and head: answers differ a little")
-        runner = cls(model, shape, plan, dtype, notes, device, kv_dtype)
+        with named_when_exhausted(device):
+            runner = cls(model, shape, plan, dtype, notes, device, kv_dtype)
         runner.quantised = form.quantise is not None or form.blocks is not None
         if ops.name == "triton":
             runner._run_on(device, ops, config)
@@ -168,32 +166,6 @@ def pick_ops(config: EngineConfig, device: torch.device, threads: int) -> Ops:
     if device.type == "cpu" and not INTERPRETED:
         raise ParameterError("kernels", "triton kernels need a GPU; choose auto")
     return TritonOps(device)
-
-
-def step_bytes(config: EngineConfig, model: Mapping[str, Any]) -> int:
-    """Device memory to keep for the steps: activations, logits, captured graphs and the vendor's work space.
-
-    Twice what one step holds at once: a step outside the graphs does not share their memory. And room for the trial
-    product of the largest weight's certificate, which works on a changed copy.
-    """
-    rows = max(config.step_tokens, config.seats)
-    hidden = int(model.get("hidden_size") or model["n_embd"])
-    inner = int(model.get("intermediate_size") or model.get("n_inner") or 4 * hidden)
-    vocab = int(model["vocab_size"])
-    step = 2 * rows * (3 * inner + 8 * hidden) + 6 * config.seats * vocab
-    return 3 * GIB // 2 + 2 * step + 3 * max(vocab, 2 * inner) * hidden
-
-
-def check_weights_fit(checkpoint: Checkpoint, dtype: torch.dtype, free: int, reserve: int) -> None:
-    """Raise `CapacityError`, with the numbers, if the device cannot hold the weights and a step."""
-    needed = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()) * dtype.itemsize
-    if needed + reserve > free:
-        raise CapacityError(
-            "device",
-            f"the weights take {needed / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')} and a step "
-            f"{reserve / GIB:.1f} GiB, {free / GIB:.1f} GiB are free on the GPU; lower max_num_batched_tokens or "
-            "max_num_seqs, free memory there, or choose a smaller model or device cpu",
-        )
 
 
 if TYPE_CHECKING:
