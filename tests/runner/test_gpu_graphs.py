@@ -73,3 +73,26 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() - before < 2**20
     assert len(runner.states) <= 64
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that asks the host in between: refused by the capture, answered all the same."""
+    asking, quiet = _runner(), _runner()
+    real = asking.steps.forward
+
+    def forward(kv: Any, batch: Any) -> torch.Tensor:
+        hidden = real(kv, batch)
+        hidden.sum().item()
+        return hidden
+
+    monkeypatch.setattr(asking.steps, "forward", forward)
+    results = []
+    for runner in (asking, quiet):
+        driver = tiny.Driver(runner)
+        driver.add("a", _prompt(9, 1), PARAMS[0])
+        driver.step({"a": 9})
+        results.append([driver.step({"a": 1}).tokens for _ in range(6)])
+    assert results[0] == results[1]
+    assert asking.steps.graph_failure
+    assert not asking.steps.graphs
+    assert quiet.steps.graphs
