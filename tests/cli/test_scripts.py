@@ -73,6 +73,12 @@ def test_breaches_are_found(source: str, words: str):
     assert words in breach[1]
 
 
+@pytest.mark.parametrize("source", ["import httpx", "from urllib.request import urlopen", "import urllib.request"])
+def test_the_server_has_no_http_client(source: str):
+    assert list(check_source.breaches(Path("src/liushui/server/x.py"), source))
+    assert not list(check_source.breaches(Path("src/liushui/loading/x.py"), source))
+
+
 def test_what_is_allowed_is_not_a_breach():
     source = "class A:\n    def eval(self): ...\n\nmodel.eval()\nre.compile('x')\nsafetensors.torch.load_file('x')\n"
     assert list(check_source.breaches(Path("x.py"), source)) == []
