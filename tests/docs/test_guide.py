@@ -21,6 +21,7 @@ ENGLISH = sorted(path for path in DOCS.rglob("*.md") if not path.name.endswith("
 sys.path.insert(0, str(ROOT / "scripts"))
 docs_hooks, guide = import_module("docs_hooks"), import_module("guide")
 sys.path.remove(str(ROOT / "scripts"))
+GUIDE = [page for page in ENGLISH if page.with_suffix(".zh.md").exists()]
 RUN = [block for page in ENGLISH for block in guide.blocks(page)]
 
 
@@ -31,7 +32,7 @@ def chinese(page: Path) -> Path:
 # -- the two languages
 
 
-@pytest.mark.parametrize("page", [page for page in ENGLISH if chinese(page).exists()], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.stem)
 def test_both_languages_show_the_same(page: Path) -> None:
     """The same code, output, figures, tables of numbers and headings, in the same order."""
     one, two = page.read_text(encoding="utf-8"), chinese(page).read_text(encoding="utf-8")
@@ -53,7 +54,7 @@ def plain(code: str) -> str:
 
 def test_every_page_is_in_both_languages() -> None:
     here = {"index", "argmax", "positions", "padding", "static", "architecture", "scheduler", "numerics", "reading"}
-    assert here <= {page.stem for page in ENGLISH if chinese(page).exists()}
+    assert here | {"commands"} <= {page.stem for page in GUIDE}
 
 
 def test_a_wrapped_line_of_chinese_has_no_space_in_it() -> None:
@@ -178,7 +179,7 @@ def test_commands_are_those_of_the_program() -> None:
     assert set(re.findall(r"^## liushui (\w+)", page, re.MULTILINE)) == set(helps)
 
 
-@pytest.mark.parametrize("page", [*DOCS.rglob("*.md"), *ROOT.glob("README*.md")], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*GUIDE, *map(chinese, GUIDE), *ROOT.glob("README*.md")], ids=lambda page: page.name)
 def test_shown_commands_have_the_flags_they_are_given(page: Path) -> None:
     helps = docs_hooks.help_texts()
     for name, rest in re.findall(r"^(?:\$ )?liushui (\w+)([^#\n]*)", page.read_text(encoding="utf-8"), re.MULTILINE):
