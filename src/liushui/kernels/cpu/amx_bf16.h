@@ -110,8 +110,7 @@ inline void bf16_multiply(const PackedWeight& w, const void* x, int x_type, long
       const TileRows tiles[2] = {{from, row_bytes, chunk_bytes}, {from + tile_bytes, row_bytes, chunk_bytes}};
       const long last = min_of(rows, row + 2 * kTile);
       bf16_block(tiles, last > row + kTile, first, second, chunks, y);
-      for (long r = row; r < last; r++)
-        emit(out, w.bias ? w.bias + column : nullptr, worker, r, first_column + column, count, y + (r - row) * 32);
+      emit_rows(out, w.bias ? w.bias + column : nullptr, worker, row, last - row, first_column + column, count, y, 32);
     }
   }
   LS_TILE_RELEASE();

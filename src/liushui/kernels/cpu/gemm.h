@@ -97,9 +97,8 @@ void gemm_multiply(const PackedWeight& w, const float* x, long rows, long first_
     gemm_panels(x + row * w.k, height, w.k, (const T*)w.data + panel * w.k * kPanel, together, buffer,
                 together * kPanel);
     const long column = panel * kPanel, count = min_of(together * kPanel, w.n - column);
-    for (long r = 0; r < height; r++)
-      emit(out, w.bias ? w.bias + column : nullptr, worker, row + r, first_column + column, count,
-           buffer + r * together * kPanel);
+    emit_rows(out, w.bias ? w.bias + column : nullptr, worker, row, height, first_column + column, count, buffer,
+              together * kPanel);
     unit += together;
   }
 }

@@ -82,7 +82,7 @@ void embed_rows(const PackedWeight& weight, const int64_t* ids, long begin, long
 #else
       gemm_embed<bf16>(*w, id, row);
 #endif
-    emit(out, nullptr, 0, i, 0, w->k, row);
+    emit_rows(out, nullptr, 0, i, 1, 0, w->k, row, w->k);
   }
 }
 
