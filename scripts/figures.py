@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from svg import ALARM, EDGE, EMPTY, FAINT, INK, PALETTE, Picture, n, shade
 
 from liushui import LLM, SamplingParams
+from liushui.engine.verify import Way, engine_for
 from liushui.models.padded import MaskedOps, PaddedModel, next_positions, pad, prompt_positions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +35,7 @@ STORY, HEAD = PROMPTS[2], (16, 0)
 SEATS = 4
 
 
-@dataclass
+@dataclass(eq=False)
 class House:
     """The model, both ways."""
 
@@ -47,13 +49,14 @@ class House:
         return self.llm.tokenizer.id_to_text(token).replace(" ", "␣").replace("\n", "⏎")
 
 
-def load(model: str, policy: str = "continuous") -> LLM:
-    return LLM(model, dtype="float32", device="cpu", threads=1, max_num_seqs=SEATS, kv_cache_gib=0.1, policy=policy)
+def load(model: str) -> LLM:
+    return LLM(model, dtype="float32", device="cpu", threads=1, max_num_seqs=SEATS, kv_cache_gib=0.1)
 
 
 # -- 1. argmax along the two axes
 
 
+@cache
 def logits_table(house: House) -> torch.Tensor:
     """[3, vocab]: what follows each prompt."""
     ids, mask = pad([house.ids(text) for text in PROMPTS], 0)
@@ -165,6 +168,7 @@ class SeenOps:
         return self._ops.attention(qkv, heads, kv_heads, dim, keys, *rest)
 
 
+@cache
 def attention_map(house: House, right: bool, tokens: int) -> tuple[list[list[float]], list[str]]:
     """Greedy decoding of the story with a cache; each new token at its true position, or at 0 -> (weights [fed, seen],
     names of the tokens fed and of the one chosen last)."""
@@ -303,12 +307,15 @@ def _legend(picture: Picture, zh: bool) -> None:
 # -- 4. static against continuous
 
 
-def run_log(model: str, policy: str) -> Any:
+def run_log(llm: LLM, policy: str) -> Any:
     """The event log of the ladder's requests, all there from the start."""
-    llm = load(model, policy)
-    params = [SamplingParams(temperature=0, max_tokens=wanted, ignore_eos=True) for _, wanted in REQUESTS]
-    llm.generate([text for text, _ in REQUESTS], params, use_tqdm=False)
-    return llm.timeline()
+    engine = engine_for(llm, Way(name=policy, policy=policy, seats=SEATS))
+    for index, (text, wanted) in enumerate(REQUESTS):
+        params = SamplingParams(temperature=0, max_tokens=wanted, ignore_eos=True)
+        engine.add_request(text, params, index=index, request_id=f"{policy}-{index}")
+    while engine.has_unfinished:
+        engine.step()
+    return engine.log
 
 
 def static_figure(logs: dict[str, Any], zh: bool) -> Picture:
@@ -386,7 +393,7 @@ def draw(model: str, out: Path) -> list[Path]:
     """All figures, in both languages. Returns the files."""
     llm = load(model)
     house = House(llm, PaddedModel(llm.engine.executor.model))  # type: ignore[attr-defined]
-    logs = {policy: run_log(model, policy) for policy in ("static", "continuous")}
+    logs = {policy: run_log(llm, policy) for policy in ("static", "continuous")}
     made = []
     for zh in (False, True):
         pictures = {
