@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from liushui.cli import bench
 from liushui.cli.chat import chat
 from liushui.cli.common import guarded, version
 from liushui.cli.demo import demo
@@ -25,6 +26,8 @@ app = typer.Typer(
 )
 for command in (generate, chat, serve, pull, models, demo, diff, explain, verify):
     app.command()(guarded(command))
+bench.app.command("serve")(guarded(bench.serve))
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,1 @@
+"""Load from outside: what a server does under traffic, seen as its clients see it."""
