@@ -8,8 +8,9 @@ what was not met here is compiled at its first use, as ever.
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ import triton
 from torch import Tensor
 
 from liushui.config import EngineConfig
+from liushui.kernels.linear import cancelling
 from liushui.kernels.ops import PackedLinear
 from liushui.kernels.policy import KernelPolicy, Linear
 from liushui.kernels.triton import products
@@ -103,8 +105,30 @@ def distinct(layers: Sequence[Any]) -> list[Any]:
 def shapes(largest: StepShape) -> list[StepShape]:
     """Steps as they come after a start: one sequence decoding, prompts of some lengths, several sequences decoding."""
     width = min(largest.width, 128)
-    prompts = [StepShape(rows, 1, width, False) for rows in (1, 256, 64, 32, 16) if rows <= largest.rows]
+    prompts = [StepShape(rows, 1, width, False) for rows in (256, 1, 64, 32, 16) if rows <= largest.rows]
     return prompts + [StepShape(count, count, width, False) for count in (16, 64, 256) if count <= largest.sequences]
+
+
+class Compilers(ThreadPoolExecutor):
+    """Threads that compile kernels, and also the small library with which Triton launches each."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(os.cpu_count() or 1, initializer=torch.cuda.set_device, initargs=(device,))
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
+        def ready() -> Any:
+            kernel = compile_kernel()
+            if hasattr(kernel, "_init_handles"):
+                kernel._init_handles()
+            return kernel
+
+        return super().submit(ready)
+
+
+def wake_vendor(device: torch.device, dtype: torch.dtype) -> None:
+    """The first use of the vendor's library, and of what a certificate needs of torch, reads them from the disk."""
+    x, weight, _ = cancelling(64, torch.zeros(64, 64, dtype=dtype, device=device), None)
+    torch.equal(torch.nn.functional.linear(x, weight), x)
 
 
 class Rehearsal:
@@ -150,8 +174,10 @@ class Rehearsal:
         if INTERPRETED:
             self._play(steps)
             return
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool, triton.AsyncCompileMode(pool):
-            self._play(steps)
+        with Compilers(self._device) as pool:
+            pool.submit(partial(wake_vendor, self._device, self._dtype))
+            with triton.AsyncCompileMode(pool):
+                self._play(steps)
 
     def _play(self, steps: DeviceSteps) -> None:
         for shape in shapes(self._largest):
