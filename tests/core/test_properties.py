@@ -1,4 +1,5 @@
-"""Random lives: add, abort, finish, schedule and update in any order, at depth 0 to 2, in pools small enough to hurt.
+"""Random lives: add, abort, finish, schedule and update in any order, at depth 0 to 2, in pools small enough to hurt;
+with priorities, ageing, tenants, deadlines and steps bounded in time.
 
 `World` checks every call: books balanced, the right tokens at the right positions in the right blocks, no block
 written that another owns, no overtaking; and at the end, everybody's exact answer and an empty house.
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from liushui.core import blocks
+from liushui.core.cost import Pace
 from liushui.errors import CapacityError
 from tests.core.world import World, make
 
@@ -31,6 +33,8 @@ worlds = st.fixed_dictionaries(
         "max_model_len": st.integers(12, 40),
         "policy": st.sampled_from(["continuous", "continuous", "static"]),
         "prefix_caching": st.sampled_from([True, True, False]),
+        "ageing": st.sampled_from([None, 0.5, 3.0, 100.0]),
+        "pace": st.sampled_from([None, Pace((0.0, 0.0, 0.0, 0.0), None, 16), Pace((1.0, 0.1, 0.1, 0.0), None, 20)]),
     }
 )
 arrivals = st.tuples(
@@ -44,6 +48,8 @@ arrivals = st.tuples(
         optional={
             "priority": st.integers(-1, 1),
             "cache_salt": st.sampled_from(["", "a"]),
+            "tenant": st.sampled_from(["", "a", "b", "c"]),
+            "wait": st.integers(0, 30),
             "ignore_eos": st.booleans(),
             "min_tokens": st.integers(0, 3),
             "stop_token_ids": st.just((3,)),
@@ -83,6 +89,9 @@ def add(world: World, pattern: list[int], length: int, tail: list[int], max_toke
     prompt = [*pattern[:length], *tail]
     keys = dict(keys)
     keys["min_tokens"] = min(keys.get("min_tokens", 0), max_tokens)
+    keys["arrival_time"] = float(len(world.plans))
+    if (wait := keys.pop("wait", None)) is not None:
+        keys["deadline"] = keys["arrival_time"] + wait
     seq = make(str(len(world.sequences)), prompt, max_tokens, **keys)
     limit = min(world.scheduler.max_model_len, world.pool.num_blocks * world.pool.block_size + 1)
     if len(prompt) + max_tokens <= limit:
@@ -129,7 +138,8 @@ def test_random_walks_under_pressure(depth: int, policy: str) -> None:
         for _ in range(120):
             if rng.random() < 0.4:
                 length, tail = rng.randint(0, 12), [rng.randint(1, 2) for _ in range(rng.randint(1, 3))]
-                add(world, rng.choice(PATTERNS), length, tail, rng.randint(1, 16), {"ignore_eos": rng.random() < 0.5})
+                keys = {"ignore_eos": rng.random() < 0.5, "tenant": rng.choice(["", "", "a", "b"])}
+                add(world, rng.choice(PATTERNS), length, tail, rng.randint(1, 16), keys)
             if rng.random() < 0.05 and world.sequences:
                 rng.choice([world.abort, world.finish])(rng.choice(list(world.sequences)))
             world.step()

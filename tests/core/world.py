@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from zlib import crc32
 
 from liushui.core.blocks import BlockPool
+from liushui.core.cost import FLOOR, Pace
 from liushui.core.plan import FinishedEvent, PlanItem, StepPlan, TokensEvent
 from liushui.core.policy import order
 from liushui.core.request import FinishReason, Request, SamplingParams
@@ -22,6 +23,7 @@ from liushui.core.sequence import Sequence, Status
 
 EOS = 0
 VOCABULARY = 12
+OF_REQUEST = ("priority", "cache_salt", "prompt_logprobs_from", "tenant", "arrival_time", "deadline")
 
 
 def token_at(seq_id: str, position: int) -> int:
@@ -49,7 +51,7 @@ def make(name: str, prompt: list[int] | int, max_tokens: int = 4, **keys: object
     """A sequence; a prompt given as a number has that many tokens, unlike any other's."""
     if isinstance(prompt, int):
         prompt = [1000 + crc32(f"{name}#{i}".encode()) % 100_000 for i in range(prompt)]
-    of_request = {key: keys.pop(key) for key in ("priority", "cache_salt", "prompt_logprobs_from") if key in keys}
+    of_request = {key: keys.pop(key) for key in OF_REQUEST if key in keys}
     keys.setdefault("ignore_eos", True)
     sampling = SamplingParams(max_tokens=max_tokens, **keys)
     return Sequence(
@@ -151,9 +153,11 @@ class World:
         *,
         depth: int = 0,
         reckless: bool = False,
+        pace: Pace | None = None,
         **settings: object,
     ) -> None:
         self.depth = depth
+        self.pace = pace
         self.pool = RecklessPool(num_blocks, block_size) if reckless else BlockPool(num_blocks, block_size)
         limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 4096}
         self.scheduler = Scheduler(self.pool, **{**limits, **settings})
@@ -163,6 +167,7 @@ class World:
         self.finished: dict[str, FinishedEvent] = {}
         self.aborted: set[str] = set()
         self.cut: set[str] = set()
+        self.late: set[str] = set()
         self.in_flight: deque[tuple[StepPlan, dict[str, list[int]]]] = deque()
         self.plans: list[StepPlan] = []
         self.num_retired = 0
@@ -191,8 +196,14 @@ class World:
         self.scheduler.check()
 
     def schedule(self) -> StepPlan | None:
+        now = float(len(self.plans))
+        for seq_id in self.scheduler.overdue(now):
+            assert self.sequences[seq_id].request.deadline <= now
+            assert seq_id not in self.late, "named twice"
+            self.late.add(seq_id)
+            self.abort(seq_id)
         first = next((seq for seq in self.scheduler._running if seq.num_left), None)
-        plan = self.scheduler.schedule(float(len(self.plans)))
+        plan = self.scheduler.schedule(now, self.pace)
         self.scheduler.check()
         self.seen["in flight when preempted"] += any(seq.num_in_flight for seq in self.scheduler._waiting)
         if first and not self.in_flight:
@@ -261,11 +272,16 @@ class World:
         assert 0 < plan.num_tokens <= scheduler.max_num_batched_tokens
         assert len({item.seq_id for item in items}) == len(items)
         in_order = [self.sequences[item.seq_id] for item in items]
-        decodes = [order(seq) for seq, item in zip(in_order, items, strict=True) if item.start >= seq.num_prompt]
+        entered = {seq_id for seq_id, _ in plan.admitted}  # among several tenants in the order of their shares
+        stayed = [(seq, item) for seq, item in zip(in_order, items, strict=True) if seq.seq_id not in entered]
+        decodes = [order(seq) for seq, item in stayed if item.num_tokens == 1 and item.samples]
         assert decodes == sorted(decodes)
         waiting = [seq for seq in scheduler._waiting if scheduler.policy.together <= bool(seq.num_preemptions)]
         for seq_id, _ in plan.admitted:
-            assert all(order(self.sequences[seq_id]) < order(seq) for seq in waiting), "overtaken in the queue"
+            own = [seq for seq in waiting if seq.request.tenant == self.sequences[seq_id].request.tenant]
+            assert all(order(self.sequences[seq_id]) < order(seq) for seq in own), "overtaken in the queue"
+        if self.pace is not None and not scheduler.policy.together:
+            self.check_pace(items)
         # Slots and blocks: nobody else's in this plan or in any plan in flight, but blocks that all only read.
         named = [*items, *(item for earlier, _ in self.in_flight for item in earlier.items)]
         size = self.pool.block_size
@@ -277,6 +293,13 @@ class World:
             assert len(item.block_table) > last // size
             for other in others:
                 assert not written & set(other.block_table), f"{item.seq_id} writes what {other.seq_id} owns"
+
+    def check_pace(self, items: Seq[PlanItem]) -> None:
+        """Beside decodes, prompts get what the pace allows and no more, and the first of them always something."""
+        decodes = [item for item in items if item.num_tokens == 1]
+        rests = [item for item in items if item.num_tokens > 1]
+        if decodes and decodes[0] is items[0] and rests:
+            assert sum(item.num_tokens for item in rests) <= max(self.pace.longest, FLOOR)
 
     def batch(self) -> list[str]:
         """Who has a slot, by slot."""
