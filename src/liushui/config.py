@@ -71,6 +71,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ParameterError(name, f"must be a positive integer, got {value!r}")
+            if value is not None and value > (most := _MOST.get(name, 1 << 31)):
+                raise ParameterError(name, f"must be at most {most:,}, got {value:,}")
+        if not isinstance(self.prefix_caching, bool):
+            raise ParameterError("prefix_caching", f"must be true or false, got {self.prefix_caching!r}")
+        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
+            raise ParameterError("seed", f"must be an integer, got {self.seed!r}")
         if self.block_size is not None and (self.block_size & (self.block_size - 1) or self.block_size > 256):
             raise ParameterError("block_size", f"must be a power of two up to 256, got {self.block_size}")
         if None not in (self.max_num_seqs, self.max_num_batched_tokens) and self.step_tokens < self.seats:
@@ -107,6 +113,8 @@ class EngineConfig:
         return tuple(field.name for field in fields(cls))
 
 
+_MOST = {"max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 20, "threads": 1024}
+"""Beyond any machine; the work space of a step grows with them."""
 _CPU_BATCH, _GPU_BATCH = (64, 512), (256, 8192)
 """Sequences in a batch, tokens in a step."""
 

@@ -74,6 +74,8 @@ class Conversation:
             except KeyboardInterrupt:
                 note("\n/exit or Ctrl-D leaves")
                 continue
+            except UnicodeDecodeError as error:
+                raise LiushuiError(f"the input is not UTF-8: byte 0x{error.object[error.start]:02x}") from None
             if text == "/exit":
                 return
             if text.startswith("/"):

@@ -16,6 +16,7 @@ from liushui.cli.rows import Row, read_rows
 from liushui.cli.source import Source
 from liushui.config import EngineConfig
 from liushui.core.request import SamplingParams
+from liushui.errors import LiushuiError
 
 SHIPPED = files("liushui") / "data" / "prompts.jsonl"
 SHOWN = ("photosynthesis", "summary-map", "sky-blue", "zh-capital")
@@ -50,7 +51,10 @@ def demo(
     start. Exit code 1 if an answer differs between the two by a single token.
     """
     path = prompts or Path(str(SHIPPED))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LiushuiError(f"--out {out}: cannot be a folder: {error.strerror}") from None
     note(f"Part 1: continuous batching. Whoever is done leaves; the next sits down. {config.seats} seats.")
     flowing = run(replace(config, policy="continuous"), path, out, report=True)
     show_answers(flowing)

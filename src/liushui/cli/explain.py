@@ -45,6 +45,8 @@ def explain(
     mistake = _mistake(without_positions, right_pad, argmax_dim)
     if html is not None and not html.parent.is_dir():
         raise LiushuiError(f"--html {html}: the folder {html.parent} does not exist")
+    if html is not None and html.is_dir():
+        raise LiushuiError(f"--html {html} is a folder; name a file in it")
     llm = load_llm(replace(config, device="cpu"))
     from liushui.engine.explain import explain as run
 

@@ -183,6 +183,8 @@ def _check_extras(timeline: Path | None, json_report: Path | None) -> None:
     for flag, path in (("--timeline", timeline), ("--json-report", json_report)):
         if path is not None and not path.parent.is_dir():
             raise LiushuiError(f"{flag} {path}: the folder {path.parent} does not exist")
+        if path is not None and path.is_dir():
+            raise LiushuiError(f"{flag} {path} is a folder; name a file in it")
     if timeline is not None and importlib.util.find_spec("matplotlib") is None:
         raise LiushuiError("--timeline needs matplotlib: pip install 'liushui[plot]'")
     if timeline is not None and timeline.suffix.lower() not in (".png", ".svg", ".pdf"):

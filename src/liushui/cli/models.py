@@ -1,5 +1,6 @@
 """`liushui pull` and `liushui models`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,10 +15,13 @@ def pull(
 ) -> None:
     """Fetch a model, so that it works offline afterwards."""
     from liushui.cli.progress import Download
+    from liushui.loading import open_checkpoint
     from liushui.loading.hub import pull as fetch
 
     with Download() as bar:
         path = fetch(name, bar)
+    if Path(name).exists():  # nothing was fetched: is it a model at all?
+        open_checkpoint(path)
     note(f"{name} is here:")
     print(path)
 

@@ -137,6 +137,8 @@ class SamplingParams(_Given):
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
                 raise ParameterError("stop", f"must hold non-empty strings, got {text!r}")
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ParameterError("stop", f"must be valid Unicode: half of a surrogate pair in {text!r}")
         if len(self.stop_token_ids) > MAX_STOPS:
             raise ParameterError("stop_token_ids", f"at most {MAX_STOPS} ids, got {len(self.stop_token_ids)}")
         for token in self.stop_token_ids:

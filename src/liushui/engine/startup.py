@@ -1,11 +1,12 @@
 """Start-up: every phase timed, every default that came from somewhere named."""
 
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from liushui.config import EngineConfig, ServingConfig
 from liushui.core.blocks import BlockPool
@@ -16,7 +17,9 @@ from liushui.engine.engine import Engine
 from liushui.engine.events import House
 from liushui.engine.suggestions import Suggestions
 from liushui.engine.tokenizer import Tokenizer
-from liushui.errors import ParameterError
+from liushui.errors import CapacityError, ParameterError
+
+T = TypeVar("T")
 
 
 class Phases:
@@ -121,7 +124,7 @@ def load(config: EngineConfig) -> Loaded:
         from liushui.runner.runner import Runner
     config = config.settled(hardware.pick_device(config.device).type == "cuda")
     with phases("weights and KV cache"):
-        runner = Runner.load(config, checkpoint)
+        runner = _with_memory(Runner.load, config, checkpoint)
     suggested = Suggestions.read(checkpoint.generation_config)
     engine = join(config, runner, tokenizer, suggested.checked() if config.generation_config == "auto" else None)
     phases.close()
@@ -161,7 +164,7 @@ def make_core(config: EngineConfig, serving: ServingConfig) -> Core:
         from liushui.runner.runner import Runner
     config = config.settled(hardware.pick_device(config.device).type == "cuda")
     with phases("weights and KV cache"):
-        runner = Runner.load(config, checkpoint)
+        runner = _with_memory(Runner.load, config, checkpoint)
     phases.close()
     lines = [f"{config.model}: {checkpoint.describe()}", *runner.notes, batch_line(config, runner), phases.line()]
     return core_of(config, serving, runner, lines)
@@ -209,6 +212,20 @@ def join(
         depth=depth,
         sampling_defaults=sampling_defaults,
     )
+
+
+def _with_memory(read: Callable[[EngineConfig, Any], T], config: EngineConfig, checkpoint: Any) -> T:
+    """`read`, and what to do where the memory does not suffice for it."""
+    try:
+        return read(config, checkpoint)
+    except (MemoryError, RuntimeError) as error:  # torch raises the second, with these words
+        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        raise CapacityError(
+            "max_num_batched_tokens",
+            f"there is not enough memory for the weights, the KV cache and steps of {config.step_tokens:,} tokens; "
+            "lower it, max_num_seqs or kv_cache_gib, or choose a smaller model",
+        ) from None
 
 
 def _template(config: EngineConfig) -> str | None:

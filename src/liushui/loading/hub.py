@@ -106,7 +106,10 @@ def _local(name: str) -> Path | None:
         raise _unknown(name)
     if name in ALIASES:
         return None
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~nobody
+        raise _unknown(name) from None
     if path.exists():
         if path.is_file() and path.suffix.lower() not in (".gguf", ".safetensors"):
             raise ModelError(f"{path}: not a GGUF file; give a .gguf file or a folder with safetensors files")
