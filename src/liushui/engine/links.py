@@ -62,11 +62,12 @@ class ThreadLink:
         self._orders: deque[Orders] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
+        self.core: Core | None = None
 
     async def start(self, on_told: OnTold, on_death: OnDeath) -> Facts:
         self._loop = asyncio.get_running_loop()
         self._on_told, self._on_death = on_told, on_death
-        core = await asyncio.to_thread(self._make)
+        core = self.core = await asyncio.to_thread(self._make)
         self._thread = threading.Thread(target=self._run, args=(core,), name="liushui-engine", daemon=True)
         self._thread.start()
         return core.facts()
