@@ -463,7 +463,7 @@ class AsyncEngine(Desk):
         if ticket.leaving is not None or closed:
             self._cut(ticket, ticket.leaving or FinishReason.STOP, ticket.live.error)
         elif self._down == "failed" or ticket.sent or ticket.attempts >= ATTEMPTS:
-            times = f" (for the {ATTEMPTS}th time with this request)" if ticket.attempts >= ATTEMPTS else ""
+            times = f" ({ATTEMPTS} times with this request)" if ticket.attempts >= ATTEMPTS else ""
             self._cut(ticket, FinishReason.ERROR, f"{self._why}{times}", "engine_died")
         else:
             self._strike(ticket)

@@ -52,7 +52,7 @@ class Core:
             self.scheduler.max_model_len,
             self.vocab_size,
             self.scheduler.max_num_seqs,
-            self.report,
+            tuple(self.report),
         )
 
 

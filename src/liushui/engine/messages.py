@@ -3,7 +3,6 @@
 The two may be in one process (`Engine`), on two threads, or in two processes (`wire` makes frames of these).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,12 +34,12 @@ class SequenceTimes(NamedTuple):
 class Orders:
     """What the text side wants, in this order: first `submit`, last `close`."""
 
-    submit: Sequence[Request] = ()
-    finish: Sequence[str] = ()
+    submit: tuple[Request, ...] = ()
+    finish: tuple[str, ...] = ()
     """Sequences whose stop string is complete."""
-    end: Sequence[tuple[str, FinishReason]] = ()
+    end: tuple[tuple[str, FinishReason], ...] = ()
     """Requests to be ended now."""
-    ask: Sequence[int] = ()
+    ask: tuple[int, ...] = ()
     """Numbers of questions: who waits, and why? See `Told.views`."""
     close: bool = False
 
@@ -52,7 +51,7 @@ class Setup(NamedTuple):
     serving: ServingConfig
     maker: str
     """module:function that makes the `Core` from the two configurations."""
-    path: Sequence[str]
+    path: tuple[str, ...]
     """Where Python looks for modules, as in the process that asks."""
 
 
@@ -67,7 +66,7 @@ class Facts(NamedTuple):
     max_model_len: int = 0
     vocab_size: int = 0
     max_num_seqs: int = 0
-    report: Sequence[str] = ()
+    report: tuple[str, ...] = ()
     error: str | None = None
     """The model cannot be loaded."""
     error_kind: str = ""
@@ -77,13 +76,13 @@ class Facts(NamedTuple):
 
 class Tokens(NamedTuple):
     seq_id: str
-    token_ids: Sequence[int]
-    logprobs: Sequence[TokenLogprobs] = ()
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class PromptLogprobs(NamedTuple):
     seq_id: str
-    found: Sequence[tuple[int, TokenLogprobs]]
+    found: tuple[tuple[int, TokenLogprobs], ...]
     """(position, log-probabilities), in any order; a position may come twice."""
 
 
