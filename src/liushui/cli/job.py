@@ -1,5 +1,6 @@
 """One file of prompts through one engine: the loop behind `liushui generate` and `liushui demo`."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -49,6 +50,8 @@ class Job:
         self.templated = template == "auto" and llm.tokenizer.template_hash is not None
         self._emit = emit
         self._effective_params = effective_params
+        self._writing = threading.Lock()
+        """Answers are written by the caller's thread, refusals by the one that reads the file."""
         self._rows: dict[int, Row] = {}
         self._params: deque[SamplingParams] = deque()
 
@@ -85,7 +88,8 @@ class Job:
             self.tally.answered += 1
         else:
             self.tally.failure(row.line)
-        self._emit(record, output.error is not None)
+        with self._writing:
+            self._emit(record, output.error is not None)
 
     def _template_of(self, row: Row) -> str | None:
         """The hash of the template that made the row's prompt."""
@@ -94,7 +98,8 @@ class Job:
 
     def _refuse(self, row: Row | BadRow, message: str) -> None:
         self.tally.failure(row.line)
-        self._emit(error_row(row, message), True)
+        with self._writing:
+            self._emit(error_row(row, message), True)
 
     def _prompts(self, rows: Iterator[Row | BadRow]) -> Iterator[Any]:
         """Prompts for the engine, taken one by one; rows that cannot be prompts are reported on the way."""

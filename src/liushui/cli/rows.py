@@ -1,10 +1,10 @@
 """Prompts from a file: one `Row` (or one `BadRow` that says what is wrong with it) per line, read as needed."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from liushui.core.request import SamplingParams
 from liushui.errors import LiushuiError, ParameterError
@@ -44,7 +44,7 @@ class RowError(Exception):
     """What is wrong with a row."""
 
 
-def detect_form(name: str, stream: BinaryIO) -> tuple[Form, Iterator[bytes]]:
+def detect_form(name: str, stream: Iterable[bytes]) -> tuple[Form, Iterator[bytes]]:
     """The form by the file's ending; standard input ("-") is JSONL if its first line with text opens a `{`.
 
     Returns the form and all lines, those looked at included. Raises LiushuiError for UTF-16 and UTF-32.

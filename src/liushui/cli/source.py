@@ -1,9 +1,10 @@
 """Where prompts come from: a file, or standard input."""
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, Literal
 
 from liushui.cli.rows import Form, count_rows, detect_form
 from liushui.errors import LiushuiError
@@ -43,11 +44,11 @@ class Source:
         return total
 
     @staticmethod
-    def _open(name: str) -> BinaryIO:
+    def _open(name: str) -> Any:
         if name == "-":
             if sys.stdin.isatty():
                 print("reading prompts from the keyboard, one a line; Ctrl-D ends them", file=sys.stderr)
-            return sys.stdin.buffer
+            return _standard_input()
         try:
             return Path(name).open("rb")
         except FileNotFoundError:
@@ -56,3 +57,25 @@ class Source:
             raise LiushuiError(f"{name} is a folder; name a file of prompts in it") from None
         except OSError as error:
             raise LiushuiError(f"cannot read {name}: {error.strerror}") from None
+
+
+def _standard_input() -> Iterable[bytes]:
+    """Its lines as they come. Read without Python's buffer: the thread that reads may be left waiting for a line at the
+    program's end, and Python does not end while somebody holds the buffer's lock."""
+    try:
+        fd = sys.stdin.fileno()
+    except (OSError, ValueError, AttributeError):  # not a file: replaced by the program around us
+        return sys.stdin.buffer
+    return _lines(fd)
+
+
+def _lines(fd: int) -> Iterator[bytes]:
+    parts: list[bytes] = []  # of the line that has not ended yet
+    while chunk := os.read(fd, 1 << 16):
+        for piece in chunk.splitlines(keepends=True):
+            parts.append(piece)
+            if piece.endswith(b"\n"):
+                yield b"".join(parts)
+                parts.clear()
+    if parts:
+        yield b"".join(parts)

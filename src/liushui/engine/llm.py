@@ -10,6 +10,7 @@ from typing import Any
 
 from liushui.config import EngineConfig
 from liushui.core.request import SamplingParams
+from liushui.engine.ahead import Ahead, Direct, NotYet, Supply
 from liushui.engine.engine import Engine, EngineOutput
 from liushui.engine.events import EventLog
 from liushui.engine.inputs import Prepared, Prompt, with_index
@@ -85,16 +86,25 @@ class LLM:
         return self._collect(prepared, use_tqdm)
 
     def generate_iter(
-        self, prompts: Iterable[Prompt], sampling_params: SamplingParams | Iterable[SamplingParams] | None = None
+        self,
+        prompts: Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        read_ahead: bool = True,
     ) -> Iterator[RequestOutput]:
         """Answer prompts as they come, outputs as they finish; `.index` is the position in the input.
 
         `prompts` may be lazy and endless: it is read only as far ahead as the batch needs. A prompt that is refused
         gives an output with `.error`. If `prompts` itself raises, what was accepted is finished first. Closing the
         iterator aborts what is unfinished.
+
+        What is not a list is read on a thread of its own: while it keeps its reader waiting, those it has given are
+        answered. `read_ahead` False: it is read by the caller, who then waits for it with all the others.
         """
         items: Iterable[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else prompts
-        for output in self._run(self._checked(_paired(items, sampling_params))):
+        checked = self._checked(_paired(items, sampling_params))
+        at_hand = all(isinstance(part, Seq | SamplingParams | None) for part in (items, sampling_params))
+        for output in self._run(Ahead(checked) if read_ahead and not at_hand else Direct(checked)):
             if isinstance(output, RequestOutput):
                 yield output
 
@@ -205,19 +215,19 @@ class LLM:
     def _collect(self, prepared: list[Prepared], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[int, RequestOutput] = {}
         with Progress(self.engine, len(prepared), show=use_tqdm) as progress:
-            for output in self._run(iter(prepared), lambda: progress.update(self.engine, len(outputs))):
+            for output in self._run(Direct(iter(prepared)), lambda: progress.update(self.engine, len(outputs))):
                 if isinstance(output, RequestOutput):
                     outputs[output.index] = output
                     progress.update(self.engine, len(outputs))
         return [outputs[item.index] for item in prepared]
 
     def _deltas(self, prepared: Prepared) -> Iterator[StreamDelta]:
-        for output in self._run(iter([prepared])):
+        for output in self._run(Direct(iter([prepared]))):
             if isinstance(output, StreamDelta):
                 yield output
 
     def _run(
-        self, source: Iterator[Prepared | RequestOutput], after_step: Callable[[], None] | None = None
+        self, source: Supply[Prepared | RequestOutput], after_step: Callable[[], None] | None = None
     ) -> Iterator[EngineOutput]:
         """Drive the engine until all that `source` gives has ended; what other calls wait for goes to their box."""
         box: deque[EngineOutput] = deque()
@@ -229,7 +239,9 @@ class LLM:
             while more or mine or box:
                 while more and len(box) < window and self.engine.scheduler.num_waiting < window:
                     try:
-                        self._accept(next(source), box, mine)
+                        self._accept(source.take(wait=not mine and not box), box, mine)
+                    except NotYet:
+                        break
                     except StopIteration:
                         more = False
                     except Exception as error:
@@ -246,6 +258,7 @@ class LLM:
             if failure is not None:
                 raise failure
         finally:
+            source.close()
             self._leave(mine)
 
     def _accept(self, item: Prepared | RequestOutput, box: deque[EngineOutput], mine: set[str]) -> None:
