@@ -21,6 +21,8 @@ SPLIT = 512
 BN = 64
 """Keys in a tile."""
 LOG2E = 1.4426950408889634
+ROOM = 160 * 2**10
+"""Bytes of shared memory for tiles on their way, of 227 KiB on a Hopper."""
 PROGRAMS = 264
 """Fewer programs than this (two per multiprocessor of a Hopper) walk a sequence's splits side by side."""
 
@@ -255,6 +257,11 @@ class Shape:
         }  # fmt: skip
 
 
+def _stages(shape: Shape, dtype: torch.dtype, most: int) -> int:
+    """Tiles of keys and values, in use or on their way, that shared memory has room for."""
+    return max(2, min(most, 1 + ROOM // (2 * BN * triton.next_power_of_2(shape.head_dim) * dtype.itemsize)))
+
+
 def decode(
     shape: Shape, qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor,
     query_start: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, scale: float, window: int | None,
@@ -275,6 +282,7 @@ def decode(
         sums = torch.empty(count * shape.group * shape.head_dim, dtype=torch.float32, device=out.device)
         scales = torch.empty(count * 2 * rows, dtype=torch.float32, device=out.device)
     bulk = shape.bulk(chained) if bulk is None else bulk
+    num_stages = _stages(shape, qkv.dtype, num_stages)
     if bulk:
         k_cache, v_cache = _bulk(shape, k_cache), _bulk(shape, v_cache)
     _decode[(shape.num_kv_heads, sequences, parallel)](
@@ -292,9 +300,12 @@ def chunks(
     """Fill `out` for the sequences that feed two tokens or more."""
     sequences, width = block_table.shape
     padded_group = triton.next_power_of_2(shape.group)
+    if shape.head_dim * qkv.dtype.itemsize > 256:  # the queries too take twice the room
+        rows = min(rows, 64)
     tokens = max(1, rows // padded_group)
     tiles = qkv.shape[0] // tokens + sequences
     bulk = shape.bulk(chained) if bulk is None else bulk
+    num_stages = _stages(shape, qkv.dtype, num_stages)
     if bulk:
         k_cache, v_cache = _bulk(shape, k_cache), _bulk(shape, v_cache)
     _chunks[(shape.num_kv_heads, tiles)](
