@@ -1,19 +1,19 @@
 """`liushui bench serve`: load on a server, ours or another with OpenAI's endpoints."""
 
-import asyncio
 import json
 import math
 import random
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from liushui.bench.load import Seen, Target, run
-from liushui.bench.report import Report, plot
 from liushui.bench.workload import Arrivals, from_jsonl, synthetic, workload
 from liushui.cli.common import note
 from liushui.errors import ParameterError
+
+if TYPE_CHECKING:
+    from liushui.bench.load import Seen
 
 app = typer.Typer(help="Measure a server under load.", no_args_is_help=True, add_completion=False)
 
@@ -44,6 +44,11 @@ def serve(
     picture: Annotated[Path | None, typer.Option(help="PNG file for a picture.")] = None,
 ) -> None:
     """Send requests when they are due, whether or not earlier ones are answered, and report what clients see."""
+    import asyncio  # here, so that other commands start without it
+
+    from liushui.bench.load import Target, run
+    from liushui.bench.report import Report, plot
+
     if dataset == "sharegpt-like":
         rng = random.Random(f"prompts {seed}")  # noqa: S311 (no secret)
         pairs: list[tuple[Any, int]] = [(p, min(limit, max_tokens)) for p, limit in synthetic(num_prompts, rng)]
@@ -83,7 +88,7 @@ class _Told:
         self._total = total
         self._done = 0
 
-    def __call__(self, seen: Seen) -> None:
+    def __call__(self, seen: "Seen") -> None:
         self._done += 1
         if self._done % max(1, self._total // 10) == 0:
             note(f"{self._done:,} of {self._total:,} ended")

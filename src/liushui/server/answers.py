@@ -126,6 +126,8 @@ def timings(found: RequestTimings) -> dict[str, Any]:
         "time_to_first_token": between(found.arrival, found.first_token),
         "inter_token": None if found.inter_token is None else round(found.inter_token, 6),
         "total": between(found.arrival, found.finished),
+        "preempted": round(found.preempted, 6),
         "preemptions": found.preemptions,
         "steps": found.steps,
+        "batch_mates": round(found.mates / found.steps, 3) if found.steps else None,
     }
