@@ -93,3 +93,12 @@ def test_padding_sequences_are_zero() -> None:
         attention.decode(shape, qkv, cache, cache, out, starts, lens, table, 1.0, None, arrived, ops().chained,
                          parallel=parallel)  # fmt: skip
         assert torch.equal(out.cpu(), torch.zeros(3, 32))
+
+
+@pytest.mark.skipif(not COMPILED, reason="shared memory has no end in the interpreter")
+@pytest.mark.parametrize(("dim", "dtype"), [(256, torch.bfloat16), (256, torch.float32), (128, torch.float32)])
+def test_wide_heads_find_room(dim: int, dtype: torch.dtype) -> None:
+    sequence, scale = Sequence.random(Heads(4, 2, dim), 700, dtype, 9), dim**-0.5
+    shares = [Share(sequence, 699, 700), Share(sequence, 500, 700), Share(sequence, 0, 70)]
+    for share, got in zip(shares, attend(OnDevice(), shares, scale=scale, block_size=64), strict=True):
+        close(got, sequence.expected(scale, None)[share.start : share.end], 2 * TOLERANCE[dtype])
