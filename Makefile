@@ -3,6 +3,7 @@
 #   make demo     answer a file of prompts with continuous batching, then in static batches, and compare
 #   make test     all tests               (ARGS="-k scheduler" to choose)
 #   make lint     ruff, mypy, import-linter and the rules of the house
+#   make sanitize the kernel tests under the address and undefined-behaviour sanitizers
 #   make bench    the offline benchmark   (ARGS="--help" to see what it can do)
 #   make format   let ruff format the tree
 #   make docs     the guide, strictly, into site/ (open site/index.html)
@@ -19,9 +20,9 @@ INPUTS := pyproject.toml scripts/setup.py $(wildcard setup.py src/liushui/kernel
 DEV := $(VENV)/.stamp-dev
 DEMO := $(VENV)/.stamp-demo
 
-.PHONY: help demo test lint bench format docs figures install clean
+.PHONY: help demo test lint sanitize bench format docs figures install clean
 help:
-	@sed -n '3,10s/^# *//p' Makefile
+	@sed -n '3,11s/^# *//p' Makefile
 
 demo: $(DEMO)
 	$(BIN)/liushui demo $(ARGS)
@@ -35,6 +36,9 @@ lint: $(DEV)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_source.py
+
+sanitize: $(DEV)
+	$(BIN)/python scripts/sanitize.py $(ARGS)
 
 bench: $(DEV)
 	$(BIN)/python benchmarks/offline.py $(ARGS)

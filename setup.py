@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def accepts(compiler: list[str], flags: list[str]) -> bool:
     return known
 
 
-def build_library(target: Path, objects: Path, variants: dict[str, list[str]] | None = None) -> None:
+def build_library(
+    target: Path, objects: Path, variants: dict[str, list[str]] | None = None, link_flags: Sequence[str] = ()
+) -> None:
     """Compile every object at once, then link. Raises `BuildFailed`.
 
     `variants`: the instruction sets and their flags; by default all that the compiler knows for this machine.
@@ -91,7 +94,7 @@ def build_library(target: Path, objects: Path, variants: dict[str, list[str]] | 
         list(pool.map(run, commands))
     target.parent.mkdir(parents=True, exist_ok=True)
     link = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared", "-Wl,-z,defs"]
-    run([*compiler, *link, "-pthread", *outputs, "-o", str(target)])
+    run([*compiler, *link, *link_flags, "-pthread", *outputs, "-o", str(target)])
 
 
 class BuildKernels(build_ext):

@@ -68,9 +68,9 @@ class Facts:
 
 
 PROBE = """
-import json, sys, time
+import json, sys, time, typing
 import torch
-from liushui import EngineConfig
+import liushui.config
 from liushui.loading import open_checkpoint, resolve
 from liushui.runner.hardware import has_bfloat16
 model, threads = sys.argv[1], int(sys.argv[2])
@@ -101,8 +101,7 @@ print(json.dumps({
     "hidden": [width, int(config["num_hidden_layers"]), heads * int(config.get("head_dim") or width // heads)],
     "product_weights": count(set(shapes) - set(table)), "head_weights": count(table[:1]),
     "read_gbs": read, "product_tflops": max(rates), "bf16_hardware": has_bfloat16(),
-    "forms": list(getattr(sys.modules["liushui.config"], "Weights", None).__args__)
-             if "weights" in EngineConfig.names() else [],
+    "forms": list(typing.get_args(liushui.config.WeightForm)),
 }))
 """
 
@@ -172,10 +171,10 @@ def describe(facts: Facts, arguments: argparse.Namespace) -> None:
 
 def contenders(facts: Facts, arguments: argparse.Namespace, folder: str) -> list[Entry]:
     """liushui in each format that it has here, and the engines that are installed."""
-    forms = [f for f in arguments.forms.split(",") if f in facts.forms]
-    default = "bfloat16" if facts.bf16_hardware else "float32"
-    entries = [Entry(f"liushui {form}", "liushui", form, facts.path) for form in forms or [default]]
     is_gguf = facts.path.endswith(".gguf")
+    forms = [f for f in arguments.forms.split(",") if f in facts.forms and (is_gguf or f != "native")]
+    default = "bfloat16" if facts.bf16_hardware else "float32"
+    entries = [Entry(f"liushui {form}", "liushui", form, facts.path) for form in forms]
     if importlib.util.find_spec("transformers"):
         entries.append(Entry(f"transformers {default}", "transformers", default, facts.path))
     if is_gguf and (shutil.which("llama-server") or shutil.which("llama-cpp-server")):

@@ -57,14 +57,9 @@ class InProcess:
 
 class Liushui(InProcess):
     def __init__(self, model: str, form: str, threads: int) -> None:
-        from liushui import LLM, EngineConfig
+        from liushui import LLM
 
-        settings: dict[str, Any] = {"threads": threads, "device": "cpu", "prefix_caching": False}
-        if form in ("float32", "bfloat16"):
-            settings["dtype"] = form
-        elif "weights" in EngineConfig.names():
-            settings["weights"] = form
-        self.llm = LLM(model, **settings)
+        self.llm = LLM(model, threads=threads, device="cpu", prefix_caching=False, weights=form)
         self.notes = self.llm.startup_report()
         self.gaps: list[float] = []
 

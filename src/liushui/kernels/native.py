@@ -6,7 +6,7 @@ holds by construction.
 
 import ctypes
 import os
-from ctypes import c_char_p, c_float, c_int, c_long, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_long, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         library.liushui_supports.argtypes = [c_char_p]
+        library.liushui_use_huge_pages.argtypes = [c_void_p, c_size_t]
     except (OSError, AttributeError) as error:
         raise NativeUnavailableError(f"cannot be loaded ({error})") from None
     library.liushui_use_openmp.argtypes = [c_void_p]
@@ -117,6 +118,12 @@ class NativeOps:
         For models part of whose work is torch's own, so that two pools do not fight for the same cores.
         """
         _library().liushui_use_openmp(_torch_openmp() if with_torch else None)
+
+    @staticmethod
+    def use_huge_pages(memory: Tensor) -> None:
+        """Ask for large pages behind `memory`, not yet written: blocks of keys are read here and there, and each
+        ordinary page that the processor does not know costs it as much as the reading."""
+        _library().liushui_use_huge_pages(memory.data_ptr(), memory.nbytes)
 
     def step(
         self, parts: DecoderParts, keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None = None

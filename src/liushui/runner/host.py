@@ -41,6 +41,15 @@ class HostSteps:
         self.built, self.kv, self.block_size, self.whole = model, kv, block_size, whole
         self.last_tokens: dict[str, int] = {}
 
+    def prepare(self, ops: Ops, rows: int, sequences: int) -> None:
+        """Take the whole way, for steps of up to `rows` rows, where the model and the kernels have one."""
+        if ask := getattr(ops, "use_huge_pages", None):
+            ask(self.kv.keys)
+            ask(self.kv.values)
+        self.whole = whole_step(self.built, ops, self.kv)
+        if self.whole is not None:
+            self.whole.reserve(rows, sequences)
+
     def forget(self, seq_id: str) -> None:
         self.last_tokens.pop(seq_id, None)
 

@@ -16,7 +16,7 @@ from liushui.layers.weights import Weights
 from liushui.models.registry import Model, ModelSizes, build, sizes
 from liushui.runner import forms, hardware
 from liushui.runner.gpu_memory import named_when_exhausted, reserve_for_steps
-from liushui.runner.host import HostSteps, whole_step
+from liushui.runner.host import HostSteps
 from liushui.runner.memory import KVPlan, pick_kv_dtype, plan_kv
 from liushui.runner.state import SequenceState
 
@@ -118,9 +118,8 @@ class Runner:
         runner.quantised = form.quantise is not None or form.blocks is not None
         if ops.name == "triton":
             runner._run_on(device, ops, config)
-        elif (whole := whole_step(model, ops, runner.kv)) is not None:
-            whole.reserve(config.step_tokens, config.seats)
-            runner.host.whole = whole
+        else:
+            runner.host.prepare(ops, config.step_tokens, config.seats)
         if rehearsal is not None:
             runner.notes.append(rehearsal.finish())
         return runner

@@ -300,7 +300,7 @@ void attend_task_tiled(Attention<bf16, K>& a, const AttentionTask& task) {
   configure_tiles(height, height, 64);
   for (long split = task.split_begin; split < task.split_end; split++) {
     memset(rows.sum, 0, (size_t)(rows_up * padded) * sizeof(float));
-    for (long r = 0; r < count; r++) rows.largest[r] = -__builtin_inff(), rows.weight[r] = 0.0f;
+    for (long r = 0; r < rows_up; r++) rows.largest[r] = -__builtin_inff(), rows.weight[r] = 0.0f;
     walk(a, task, split, block, [&](long start) {
       tile_keys(block.keys, (const bf16* const*)block.ahead.keys, dim, keys);
       tile_values(block.values, (const bf16* const*)block.ahead.values, dim, values);
@@ -309,7 +309,7 @@ void attend_task_tiled(Attention<bf16, K>& a, const AttentionTask& task) {
         const int height = (int)min_of(kTile, count - row);
         const Sight sight = look(a, task, start, row, height);
         if (sight.last == 0) continue;
-        float keep[kTile];
+        alignas(64) float keep[kTile];
         tile_scores(query + row * chunks * 32, keys, dim, rows.scores);
         tile_soften(height, sight, rows.scores, a.scale, kScaled<bf16, K> ? block.here.key_scales : nullptr,
                     kScaled<bf16, K> ? block.here.value_scales : nullptr, rows.largest + row, rows.weight + row, keep,

@@ -36,36 +36,74 @@ LS_INLINE float fold_max(vf v) {
   return even > odd ? even : odd;
 }
 
-// out[i][j] = word i of row j: 16 rows of 16 words of 32 bits.
-LS_INLINE void transpose_words(const uint32_t* const* rows, uint32_t* out) {
 #if defined(__AVX512F__)
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i]);
+// r[i][j] becomes r[j][i], in words of 32 bits.
+LS_INLINE void transpose_registers(__m512i* r) {
+  __m512i t[16];
+#pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
     r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
     r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
     r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
     t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
     t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
     t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
   }
+#pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {
     r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
     r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
   }
+}
+#endif
+
+// out[i][j] = word i of row j: 16 rows of 16 words of 32 bits.
+LS_INLINE void transpose_words(const uint32_t* const* rows, uint32_t* out) {
+#if defined(__AVX512F__)
+  __m512i r[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i]);
+  transpose_registers(r);
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i++) _mm512_store_si512(out + i * 16, r[i]);
 #else
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 16; j++) out[i * 16 + j] = rows[j][i];
 #endif
+}
+
+// Each row's lanes folded as fold_sum and fold_max do it; many rows are folded side by side.
+template <bool kSum>
+LS_INLINE vf fold_rows(const vf* rows, int count) {
+#if defined(__AVX512F__)
+  if (count > 4) {
+    __m512i r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) r[i] = (__m512i)rows[i];
+    transpose_registers(r);
+#pragma GCC unroll 4
+    for (int half = 8; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < half; i++) {
+        const vf a = (vf)r[i], b = (vf)r[i + half];
+        r[i] = (__m512i)(kSum ? a + b : vmax(a, b));
+      }
+    return (vf)r[0];
+  }
+#endif
+  alignas(64) float folded[W] = {};
+  for (int i = 0; i < count; i++) folded[i] = kSum ? fold_sum(rows[i]) : fold_max(rows[i]);
+  return load(folded);
 }
 
 inline long dim_chunks(long dim) { return (dim + 31) / 32; }
@@ -94,6 +132,23 @@ inline void tile_keys(const bf16* const* keys, const bf16* const* ahead, long di
 
 // Values as the second factor of the weighted sums: [tile of 16 dimensions][pair of keys][dimension][2].
 inline void tile_values(const bf16* const* values, const bf16* const* ahead, long dim, bf16* out) {
+#if defined(__AVX512BW__)
+  if (dim % 32 == 0) {
+    alignas(64) uint16_t low[32], high[32];
+    for (int i = 0; i < 32; i++) low[i] = (uint16_t)(i / 2 + i % 2 * 32), high[i] = (uint16_t)(low[i] + 16);
+    const __m512i pick_low = _mm512_load_si512(low), pick_high = _mm512_load_si512(high);
+    for (int pair = 0; pair < 16; pair++)
+      for (long i = 0; i < dim; i += 32) {
+        const __m512i even = _mm512_loadu_si512(values[2 * pair] + i), odd = _mm512_loadu_si512(values[2 * pair + 1] + i);
+        __builtin_prefetch(ahead[2 * pair] + i);
+        __builtin_prefetch(ahead[2 * pair + 1] + i);
+        bf16* to = out + i / 16 * 512 + pair * 32;
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, pick_low, odd));
+        _mm512_storeu_si512(to + 512, _mm512_permutex2var_epi16(even, pick_high, odd));
+      }
+    return;
+  }
+#endif
   const auto words = [](const bf16* p, long n) {
     uint16_t buffer[16] = {};
     if (n < 16)
@@ -177,6 +232,7 @@ inline void tile_weighted(const bf16* weights, const bf16* values, long dim, flo
 }
 
 // As `soften`, for up to 16 rows; the weights come out as bfloat16 [16, kKeys], zero for what a row does not see.
+// `largest` and `weight` have 16 places.
 inline void tile_soften(int rows, const Sight& sight, const float* scores, float scale, const float* key_scales,
                         const float* value_scales, float* largest, float* weight, float* keep, bf16* weights) {
   const float lowest = -__builtin_inff();
@@ -184,39 +240,42 @@ inline void tile_soften(int rows, const Sight& sight, const float* scores, float
   for (int i = 0; i < W; i++) lane[i] = i;
   const vf left = key_scales ? load(key_scales) * scale : splat(scale);
   const vf right = key_scales ? load(key_scales + W) * scale : splat(scale);
-  alignas(64) float scaled[kTile][kKeys], now[W], total[W] = {};
-  for (int r = 0; r < W; r++) now[r] = lowest;
+  const bool all = sight.all_from == 0 && sight.all_to == kKeys;
+  vf most[kTile], total[kTile];
+  for (int r = rows; r < kTile; r++) most[r] = splat(lowest), total[r] = vf{};
+  alignas(64) float scaled[kTile][kKeys], joint[W];
   for (int r = 0; r < rows; r++) {
     vf a = load(scores + r * kKeys) * left, b = load(scores + r * kKeys + W) * right;
-    const int from = (int)sight.from[r], to = (int)sight.to[r];
-    if (from > 0 || to < kKeys) {
+    if (!all) {
+      const int from = (int)sight.from[r], to = (int)sight.to[r];
       a = select((vi)(lane >= from) & (vi)(lane < to), a, splat(lowest));
       b = select((vi)(lane >= from - W) & (vi)(lane < to - W), b, splat(lowest));
     }
     store(scaled[r], a), store(scaled[r] + W, b);
-    now[r] = fold_max(vmax(a, b));
+    most[r] = vmax(a, b);
   }
-  alignas(64) float before[W], all[W], joint[W], drop[W];
-  for (int r = 0; r < W; r++) before[r] = r < rows ? largest[r] : lowest, all[r] = r < rows ? weight[r] : 0.0f;
-  const vf most = select((vi)(load(now) > load(before)), load(now), load(before));
-  store(joint, most);
-  store(drop, vexp_of_negative(select((vi)(load(all) == splat(0.0f)), splat(lowest), load(before) - most)));
+  const vf now = fold_rows<false>(most, rows), before = load(largest), sums = load(weight);
+  const vf highest = select((vi)(now > before), now, before);
+  const vf drop = vexp_of_negative(select((vi)(sums == splat(0.0f)), splat(lowest), before - highest));
+  store(joint, highest);
+  store(largest, highest);
   for (int r = 0; r < rows; r++) {
     bf16* to = weights + r * kKeys;
-    if (sight.to[r] == 0) {  // sees nothing here
+    total[r] = vf{};
+    if (!all && sight.to[r] == 0) {  // sees nothing here
       memset((void*)to, 0, kKeys * sizeof(bf16));
-      keep[r] = 1.0f;
       continue;
     }
-    const vf highest = splat(joint[r]);
-    vf a = vexp_of_negative(load(scaled[r]) - highest), b = vexp_of_negative(load(scaled[r] + W) - highest);
-    total[r] = fold_sum(a + b);
+    const vf level = splat(joint[r]);
+    vf a = vexp_of_negative(load(scaled[r]) - level), b = vexp_of_negative(load(scaled[r] + W) - level);
+    total[r] = a + b;
     if (value_scales) a = a * load(value_scales), b = b * load(value_scales + W);
     store(to, a), store(to + W, b);
-    keep[r] = drop[r];
-    largest[r] = joint[r];
-    weight[r] = weight[r] * keep[r] + total[r];
   }
+  store(keep, drop);
+  store(weight, sums * drop + fold_rows<true>(total, rows));
+  for (int r = 0; r < rows && !all; r++)
+    if (sight.to[r] == 0) keep[r] = 1.0f;
 }
 
 LS_INLINE void keep_rows(int rows, const float* keep, float* sum, long padded) {

@@ -104,3 +104,5 @@ AttentionPlan plan_attention(int threads, int num_sequences, const int32_t* quer
 }
 
 }  // namespace liushui
+
+LS_EXPORT void liushui_use_huge_pages(void* memory, size_t bytes) { liushui::use_huge_pages(memory, bytes); }
