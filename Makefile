@@ -5,6 +5,7 @@
 #   make lint     ruff, mypy, import-linter and the rules of the house
 #   make sanitize the kernel tests under the address and undefined-behaviour sanitizers
 #   make bench    the offline benchmark   (ARGS="--help" to see what it can do)
+#   make soak     a server under everything at once, for an hour   (ARGS="--minutes 5")
 #   make format   let ruff format the tree
 #   make docs     the guide, strictly, into site/ (open site/index.html)
 #
@@ -20,9 +21,9 @@ INPUTS := pyproject.toml scripts/setup.py $(wildcard setup.py src/liushui/kernel
 DEV := $(VENV)/.stamp-dev
 DEMO := $(VENV)/.stamp-demo
 
-.PHONY: help demo test lint sanitize bench format docs figures install clean
+.PHONY: help demo test lint sanitize bench soak format docs figures install clean
 help:
-	@sed -n '3,11s/^# *//p' Makefile
+	@sed -n '3,12s/^# *//p' Makefile
 
 demo: $(DEMO)
 	$(BIN)/liushui demo $(ARGS)
@@ -42,6 +43,9 @@ sanitize: $(DEV)
 
 bench: $(DEV)
 	$(BIN)/python benchmarks/offline.py $(ARGS)
+
+soak: $(DEV)
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .
