@@ -1,5 +1,6 @@
 """The engine on a GPU as a user meets it: the processor's answers, bit for bit its own in any company."""
 
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ def test_memory_that_is_not_there(folder: Path) -> None:
 
 def test_command_line(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("typer")
+    if not list(distributions(name="liushui")):
+        pytest.skip("the package is not installed")
     from tests.cli.conftest import finish, start
 
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")

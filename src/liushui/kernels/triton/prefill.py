@@ -30,7 +30,7 @@ ROWS = 64
 STAGES = 4
 """Tiles of keys, and of values, on their way or in use."""
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-NORMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
+NORMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
 
 
 @gluon.jit
@@ -79,7 +79,7 @@ def _weigh(p, ones, values, v_full, i, acc, z, STAGES: gl.constexpr):
     mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
     left: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     acc = warpgroup_mma(gl.convert_layout(p, left), values.index(i % STAGES), acc, is_async=True)
-    z = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, NORMS, 2)), ones, z, is_async=True)
+    z = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, NORMS, 2)), ones.permute((1, 0)), z, is_async=True)
     return acc, z
 
 
@@ -172,7 +172,7 @@ def _attend(
         m, weights, _ = _soften(s, m, first * TILE, positions, scale, True, TILE)
         p = weights.to(out.dtype.element_ty)
         acc = gl.zeros([ROWS, D], gl.float32, SUMS)
-        z = gl.zeros([ROWS, 16], gl.float32, NORMS)
+        z = gl.zeros([ROWS, 8], gl.float32, NORMS)
         m, p, acc, z = _walk(q, ones, keys, values, k_full, v_full, k_free, v_free, first + 1, clear, m, p, acc, z,
                              positions, scale, False, STAGES, ROWS, TILE)  # fmt: skip
         m, p, acc, z = _walk(q, ones, keys, values, k_full, v_full, k_free, v_free, clear, last, m, p, acc, z,
@@ -241,8 +241,8 @@ def _prefill(
         room = gl.allocate_shared_memory(dtype, [2, BQ * GP // 2, D], SHARED)
         keys = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SHARED)
         values = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SHARED)
-        units = gl.full([TILE, 16], 1.0, dtype, gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
-        ones = gl.allocate_shared_memory(dtype, [TILE, 16], gl.NVMMASharedLayout(32, 16, 2), units)
+        units = gl.full([8, TILE], 1.0, dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
+        ones = gl.allocate_shared_memory(dtype, [8, TILE], SHARED, units)
         k_full, v_full = _barriers(STAGES, 1), _barriers(STAGES, 1)
         k_free, v_free = _barriers(STAGES, 2), _barriers(STAGES, 2)
         fence_async_shared()
