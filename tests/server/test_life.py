@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from liushui.config import ServingConfig
 from liushui.errors import Overloaded
 from tests.cli.conftest import make_model
 from tests.engine.scripted import ScriptedExecutor
@@ -247,6 +248,52 @@ def test_an_engine_that_dies(stream: bool) -> None:
             assert "died" not in response.text
 
 
+def test_a_full_queue_refuses_before_it_tokenizes() -> None:
+    """What is refused costs nothing: the text is not looked at."""
+    gate = Gate()
+    executor = ScriptedExecutor(model=lambda new, n: 40, on_step=gate)
+    with running(scripted(executor, serving=ServingConfig(max_queue_requests=2), max_num_seqs=1)) as server, gate:
+        gate.let(0)
+        threads = [threading.Thread(target=server.complete, args=("a",)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.1)
+        until(lambda: unfinished(server) >= 2)
+        encode, texts = server.engine.tokenizer.encode, []
+        server.engine.tokenizer.encode = lambda text, *rest: texts.append(text) or encode(text, *rest)
+        try:
+            for _ in range(5):
+                response = server.complete("x " * 10_000)
+                assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_requests")
+                assert int(response.headers["retry-after"]) >= 1
+            assert texts == []
+        finally:
+            del server.engine.tokenizer.encode
+        assert 'liushui_requests_refused_total{reason="queue_requests"}' in server.client.get("/metrics").text
+        gate.open.set()
+        for thread in threads:
+            thread.join(20)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_deadline_is_told(stream: bool) -> None:
+    """With a part of the answer, its finish reason says so; with nothing of it, the status."""
+    executor = ScriptedExecutor(model=lambda new, n: 40, on_step=lambda plan: time.sleep(0.02))
+    with running(scripted(executor, max_num_seqs=1)) as server:
+        fields: dict[str, Any] = {"max_tokens": 200, "ignore_eos": True, "stream": stream}
+        some = server.complete("a", timeout=1.0, **fields)
+        assert some.status_code == 200
+        choices = events(some.text)[-1]["choices"] if stream else some.json()["choices"]
+        assert choices[0]["finish_reason"] == "timeout"
+        first = threading.Thread(target=lambda: server.complete("a", timeout=3.0, **fields))
+        first.start()
+        until(lambda: server.engine.stats().gauges.running == 1)
+        none = server.complete("b", timeout=0.3, **fields)  # it never gets the only seat
+        assert (none.status_code, none.json()["error"]["code"]) == (504, "timeout")
+        first.join(20)
+        until(lambda: nothing_left(server))
+
+
 def test_cancelled_from_elsewhere() -> None:
     with running(scripted(ScriptedExecutor(model=lambda new, n: 40, on_step=lambda p: time.sleep(0.01)))) as server:
         answers: list[Any] = []
@@ -312,6 +359,49 @@ def test_the_command_from_start_to_end(tmp_path: Path, number: int) -> None:
         assert process.wait(30) == 0
         assert process.stderr is not None
         assert "stopped" in process.stderr.read()
+
+
+def children(pid: int) -> list[int]:
+    """Processes that this one started (Linux)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_engine_is_killed_under_load(tmp_path: Path) -> None:
+    """Who has seen a part gets an error, who has seen nothing an answer, and the server goes on."""
+    model = make_model(tmp_path / "model")
+    with serve_command(model, "--kv-cache-gib", "0.01", "--served-model-name", "m") as process:
+        url = address_of(process)
+        threading.Thread(target=lambda: list(process.stderr or ()), daemon=True).start()
+        body = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "seed": 1}
+        whole = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"]
+        answers: list[Any] = []
+        waiting = [
+            threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60)))
+            for _ in range(3)
+        ]
+        with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            for thread in waiting:
+                thread.start()
+            (engine,) = children(process.pid)
+            os.kill(engine, signal.SIGKILL)
+            found = [line for line in lines if line]
+        assert "engine_died" in found[-2] or '"finish_reason":"length"' in found[-2]  # it may just have been done
+        assert found[-1] == "data: [DONE]"
+        for thread in waiting:
+            thread.join(60)
+        assert [(answer.status_code, answer.json().get("choices")) for answer in answers] == [(200, whole)] * 3
+        assert httpx.get(f"{url}/ready", timeout=60).json() == {"ready": True}
+        assert "liushui_engine_restarts_total 1.0" in httpx.get(f"{url}/metrics", timeout=60).text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:

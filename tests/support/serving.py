@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from liushui.config import EngineConfig
+from liushui.config import EngineConfig, ServingConfig
 from liushui.engine.inprocess import InProcessEngine
 from liushui.engine.startup import join
 from liushui.server.app import build_app
@@ -23,11 +23,13 @@ __all__ = ["Running", "build_app", "events", "running", "scripted", "tiny_engine
 NAME = "tiny"
 
 
-def scripted(executor: ScriptedExecutor | None = None, **settings: Any) -> InProcessEngine:
+def scripted(
+    executor: ScriptedExecutor | None = None, serving: ServingConfig | None = None, **settings: Any
+) -> InProcessEngine:
     """An engine that follows a script; `executor.model` says what."""
     settings = {"max_model_len": 256, "num_blocks": 256, "log_limit": 1000} | settings
     config = EngineConfig(model=NAME, max_num_seqs=settings.get("max_num_seqs", 4))
-    return InProcessEngine.around(make_engine(executor, **settings), tiny_tokenizer(), config)
+    return InProcessEngine.around(make_engine(executor, **settings), tiny_tokenizer(), config, serving)
 
 
 def tiny_engine(**settings: Any) -> InProcessEngine:

@@ -141,19 +141,23 @@ class AsyncEngine(Desk):
     # -- requests
 
     async def submit(self, request: ServeRequest) -> Ticket:
+        self.check_room(len(request.prompt_token_ids) * request.params.n)
+        now = time.monotonic()
+        ticket = self._accept(request, now)
+        self._enrol(ticket)
+        self._send()
+        return ticket
+
+    def check_room(self, num_tokens: int = 1) -> None:
         now = time.monotonic()
         if self._draining:
             self._refuse(Overloaded("draining", _CLOSING, self._queue.retry_after(now)))
         if self._down in ("starting", "failed"):
             self._refuse(Overloaded(self._down, self._why, self._queue.retry_after(now)))
         try:
-            self._queue.check(len(request.prompt_token_ids) * request.params.n, now)
+            self._queue.check(num_tokens, now)
         except Overloaded as error:
             self._refuse(error)
-        ticket = self._accept(request, now)
-        self._enrol(ticket)
-        self._send()
-        return ticket
 
     async def abort(self, request_id: str) -> bool:
         ticket = self._ids.get(request_id)

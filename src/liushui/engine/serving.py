@@ -193,6 +193,10 @@ class ServingEngine(Protocol):
         `.error_code` to a program: aborted, timeout, engine_died (500, may be sent again), model_error."""
         ...
 
+    def check_room(self, num_tokens: int = 1) -> None:
+        """Raises `Overloaded` if a request of so many prompt tokens would be refused now: before they are counted."""
+        ...
+
     async def abort(self, request_id: str) -> bool:
         """End a request now, from anywhere; its stream gets its `RequestOutput`. False: unknown, or ended before."""
         ...

@@ -63,6 +63,8 @@ class House:
         visit.request_id = body.request_id or visit.request_id
         visit.timings = bool(body.return_timings) or request.headers.get("x-return-timings", "").lower() == "true"
         self.check_model(body.model)
+        with refusals(visit, {}):
+            self.engine.check_room()
 
     async def in_thread(self, size: int, act: Callable[[], T]) -> T:
         """`act()`, off the event loop if it is about a text of more than a few characters."""
