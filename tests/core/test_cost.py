@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liushui.core.cost import FACTOR, FLOOR, Pace, Pacer, StepCost, Work, solve
+from liushui.core.cost import FACTOR, FLOOR, START, Pace, Pacer, StepCost, Work, solve
 from tests.core.world import World, make, shape
 
 TRUTH = (0.02, 0.001, 0.0015, 2e-7)
@@ -91,7 +91,7 @@ def test_nobody_decodes_so_nobody_is_kept_waiting() -> None:
 def test_without_experience_it_begins_small_and_grows_with_it() -> None:
     pacer = Pacer(target=1000.0)
     beside = decodes(1, 10)
-    assert pacer.pace().chunk(beside, beside, 0) == FLOOR
+    assert pacer.pace().chunk(beside, beside, 0) == START
     world = World(pace=pacer.pace(), max_num_batched_tokens=512, num_blocks=512)
     world.add(make("runs", 4, 200))
     world.step()
@@ -103,7 +103,7 @@ def test_without_experience_it_begins_small_and_grows_with_it() -> None:
         pacer.observe(plan, seconds(Work.of(plan)))
         sizes += [count for name, _, count in shape(plan) if name == "long" and count > 1]
     assert sum(sizes) == 600
-    assert max(sizes[1:-1]) > 4 * FLOOR
+    assert max(sizes[1:-1]) > 4 * START
     assert all(after <= 2 * max(sizes[: i + 1]) for i, after in enumerate(sizes[1:]))
     world.run()
 
@@ -138,5 +138,21 @@ def test_a_target_that_cannot_be_met_leaves_the_first_prompt_its_floor() -> None
     world.step()
     world.add(make("one", 100, 2), make("two", 100, 2))
     plan = world.step()
-    assert shape(plan) == [("runs", 4, 1), ("one", 0, FLOOR)]
+    assert shape(plan) == [("runs", 4, 1), ("one", 0, FLOOR // 2)]
+    world.run()
+
+
+def test_a_short_prompt_does_not_wait_until_a_long_one_is_done() -> None:
+    """Both come while others decode: the short one has its first token long before the long one."""
+    world = World(pace=Pace(TRUTH, 0.06, 512), num_blocks=1024, max_num_seqs=12)
+    world.add(*(make(f"s{i}", 4, 200) for i in range(4)))
+    world.step()
+    world.add(make("long", 1500, 2), make("long too", 1500, 2), make("short", 30, 2))
+    steps = 0
+    while "short" not in world.finished:
+        world.step()
+        steps += 1
+    long = world.sequences["long"]
+    assert steps <= 12
+    assert steps * FLOOR / 2 <= long.num_computed < 300
     world.run()

@@ -22,8 +22,11 @@ _SCALE = (1.0, 8.0, 64.0, 65536.0)
 """Typical sizes of the four numbers: the sums stay well conditioned."""
 FACTOR = 2.5
 """A step with prompts may take this many times the step without, if no target was given in milliseconds."""
-FLOOR = 16
-"""Tokens of the first prompt that every step takes in, however late: it must not starve either."""
+FLOOR = 4
+"""Tokens of the first prompt that every step takes in, however late: it must not starve either. Few: on a processor
+each costs about what a decode does."""
+START = 16
+"""The longest chunk while none was measured."""
 _UNBOUNDED = 1 << 31
 GROWTH = 2
 """A chunk may be this many times the longest one measured: what is linear near by may not be far off."""
@@ -136,7 +139,7 @@ class Pace(NamedTuple):
     def chunk(self, decoding: Work, work: Work, start: int) -> int:
         """How many tokens of a prompt, from position `start`, fit into the step beside `work`.
 
-        `decoding`: the part of the work that is not up for choice. What was never measured grows from `FLOOR`."""
+        `decoding`: the part of the work that is not up for choice. What was never measured grows from `START`."""
         if not decoding.decodes:
             return _UNBOUNDED
         _, _, per_token, per_pair = self.coefficients
@@ -166,7 +169,7 @@ class Pacer:
         """`target`: seconds of the longest step while others decode. None: in proportion to the step without."""
         self.target = target
         self.cost = StepCost()
-        self._longest = FLOOR
+        self._longest = START
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         work = Work.of(plan)

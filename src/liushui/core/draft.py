@@ -31,8 +31,11 @@ class Draft:
         """Whether nobody else can be fed."""
         return not self.budget or (self.pace is not None and not self.pace.chunk(self.decoding, self.work, 0))
 
-    def feed(self, seq: Sequence) -> None:
+    def feed(self, seq: Sequence, others: bool = False) -> None:
         """Advance `seq` by what it has left, within the budget: positions start .. end - 1.
+
+        `others`: more prompts come after it. Then it takes at most half of the time that is left for prompts, so that
+        a short one is not kept waiting until a long one before it is done.
 
         Ids known at start .. min(end, num_known) - 1 go along. At most the last one is in flight, since nothing
         is sampled before all that is known or pending is fed.
@@ -40,7 +43,8 @@ class Draft:
         start = seq.num_computed
         num_tokens = min(seq.num_left, self.budget)
         if self.pace is not None and num_tokens > 1:
-            num_tokens = min(num_tokens, self.pace.chunk(self.decoding, self.work, start))
+            chunk = self.pace.chunk(self.decoding, self.work, start)
+            num_tokens = min(num_tokens, chunk - chunk // 2 if others else chunk)
         if not num_tokens:
             return
         if self.pace is not None:

@@ -197,14 +197,14 @@ class Scheduler:
                 rests.append(seq)
             elif left and draft.budget and seq.status is Status.RUNNING and self._has_block(seq, draft):
                 draft.feed(seq)
-        for seq in rests:
+        for place, seq in enumerate(rests):
             if seq.status is Status.RUNNING:
-                draft.feed(seq)
+                draft.feed(seq, others=place + 1 < len(rests) or self._may_enter())
         batch_empty = not (self._running or self._plans)
         for seq in self.policy.entrants(self._waiting, batch_empty, self._shares.served) if self._free_slots else ():
             if (draft.full and not self.policy.together) or not self._admit(seq, draft, now):
                 break
-            draft.feed(seq)
+            draft.feed(seq, others=self._may_enter())
         if not draft.items:
             return None
         plan = draft.plan(self._next_step, tuple(self._dropped), tuple(self._preempted))
@@ -251,6 +251,9 @@ class Scheduler:
         check_scheduler(self)
 
     # -- entering
+
+    def _may_enter(self) -> bool:
+        return bool(self._waiting and self._free_slots)
 
     def _admit(self, seq: Sequence, draft: Draft, now: float) -> bool:
         """Let the head of the queue into the batch, whole or not at all.
