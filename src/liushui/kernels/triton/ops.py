@@ -25,8 +25,8 @@ class TritonOps:
     def __init__(self, device: torch.device, max_num_seqs: int = 1024) -> None:
         self.device = device
         self.chained = common.pdl(device)
-        self.note = "Triton kernels"
         self._prefill = _warp_roles(device)
+        self.note = "Triton kernels" + (", warps with roles for prompts' attention" if self._prefill else "")
         self._arrived = torch.zeros(max_num_seqs * 256, dtype=torch.int32, device=device)
         self.certificates: dict[tuple[int, int, torch.dtype, bool], products.Certificate] = {}
         # The vendor's products must not round partial sums to 16 bits: the certificates would refuse them all.
