@@ -124,5 +124,6 @@ def test_smollm2_in_company_by_default(smollm2: Path, smollm2_answers: Any) -> N
     assert tokens(llm, prompts) == together
     assert llm.engine.scheduler.num_hit_tokens == 0  # every prompt is shorter than a block of 64
     assert [tokens(llm, [prompt])[0] for prompt in prompts] == together
-    same = sum(mine == theirs for mine, theirs in zip(together, expected, strict=True))
-    assert same >= len(prompts) // 2  # roundings of bfloat16 turn some of twenty tokens
+    common = [next((i for i, pair in enumerate(zip(*answers, strict=True)) if pair[0] != pair[1]), NEW)
+              for answers in zip(together, expected, strict=True)]  # fmt: skip
+    assert sum(common) >= NEW * len(prompts) // 4  # roundings of bfloat16 turn an answer somewhere, not everywhere
