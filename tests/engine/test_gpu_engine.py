@@ -117,13 +117,15 @@ def test_smollm2_answers_as_on_the_processor(smollm2: Path, smollm2_answers: Any
 
 @pytest.mark.real_model
 def test_smollm2_in_company_by_default(smollm2: Path, smollm2_answers: Any) -> None:
-    """bfloat16, graphs, look-ahead: the same tokens alone, at once, and again from the prefix cache."""
+    """bfloat16, graphs, look-ahead: the same tokens alone, at once, in other blocks, and from the prefix cache."""
     prompts, expected = smollm2_answers
     llm = LLM(str(smollm2), device="cuda", kv_cache_gib=1)
     together = tokens(llm, prompts)
-    assert tokens(llm, prompts) == together
-    assert llm.engine.scheduler.num_hit_tokens == 0  # every prompt is shorter than a block of 64
     assert [tokens(llm, [prompt])[0] for prompt in prompts] == together
+    small = LLM(str(smollm2), device="cuda", kv_cache_gib=1, block_size=16)
+    assert tokens(small, prompts) == together
+    assert tokens(small, prompts) == together
+    assert small.engine.scheduler.num_hit_tokens > 0
     common = [next((i for i, pair in enumerate(zip(*answers, strict=True)) if pair[0] != pair[1]), NEW)
               for answers in zip(together, expected, strict=True)]  # fmt: skip
     assert sum(common) >= NEW * len(prompts) // 4  # roundings of bfloat16 turn an answer somewhere, not everywhere
