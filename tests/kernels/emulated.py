@@ -31,19 +31,21 @@ def _setup() -> ModuleType:
 
 
 @cache
-def library() -> Path:
-    """`_cpu.so` with the instruction sets avx512 and amx, emulated; built once for each state of the sources."""
+def library(units: tuple[str, ...] = ("linear",), sets: tuple[str, ...] = ("avx512", "amx")) -> Path:
+    """`_cpu.so` with instruction sets emulated; built once for each state of the sources."""
     if platform.machine().lower() not in ("x86_64", "amd64") or "avx2" not in _cpu_flags():
         pytest.skip("the emulation is made of AVX2")
     module = _setup()
-    module.PER_INSTRUCTION_SET = ("linear",)
+    module.PER_INSTRUCTION_SET = units
     sources = sorted((ROOT / module.SOURCES).glob("*.*"))
     state = hashlib.sha256(b"".join(path.read_bytes() for path in [ROOT / "setup.py", *sources])).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"liushui-emulated-{os.getuid()}-{state}"
+    name = "-".join((*units, *sets, state))
+    folder = Path(tempfile.gettempdir()) / f"liushui-emulated-{os.getuid()}-{name}"
     target = folder / f"_cpu{module.SUFFIX}"
     if not target.exists():
         flags = ["-mavx2", "-mfma", "-mf16c", "-O2", "-DLS_EMULATE", "-DLS_WIDTH=16", "-DLS_REGISTERS=32"]
         variants = {"avx512": flags, "amx": [*flags, "-DLS_EMULATE_AMX"]}
+        variants = {name: variants[name] for name in sets}
         made = folder / f"{os.getpid()}{module.SUFFIX}"
         here = Path.cwd()
         os.chdir(ROOT)

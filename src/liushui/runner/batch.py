@@ -1,12 +1,12 @@
 """`StepPlan` -> the packed tensors of one step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from liushui.core.plan import StepPlan
+from liushui.core.plan import PlanItem, StepPlan
 from liushui.layers.batch import BatchTensors
 
 
@@ -26,6 +26,8 @@ def pack(plan: StepPlan, block_size: int, last_tokens: Mapping[str, int]) -> Pac
     was known.
     """
     items = plan.items
+    if all(item.num_tokens == 1 for item in items):
+        return _pack_single(items, block_size, last_tokens)
     counts = np.fromiter((item.num_tokens for item in items), np.int32, len(items))
     starts = np.fromiter((item.start for item in items), np.int32, len(items))
     query_start = np.zeros(len(items) + 1, np.int32)
@@ -49,6 +51,31 @@ def pack(plan: StepPlan, block_size: int, last_tokens: Mapping[str, int]) -> Pac
         slots=torch.from_numpy(slots.astype(np.int32)),
         query_start=torch.from_numpy(query_start),
         seq_lens=torch.from_numpy(starts + counts),
+        block_table=torch.from_numpy(table),
+    )
+    return PackedStep(tensors, query_start)
+
+
+def _pack_single(items: Sequence[PlanItem], block_size: int, last_tokens: Mapping[str, int]) -> PackedStep:
+    """The same for a step in which every sequence has one token, as most have: row i is item i."""
+    count = len(items)
+    ids = [item.token_ids[0] if item.token_ids else last_tokens[item.seq_id] for item in items]
+    starts = [item.start for item in items]
+    slots = [
+        item.block_table[start // block_size] * block_size + start % block_size
+        for item, start in zip(items, starts, strict=True)
+    ]
+    flat = torch.tensor([*starts, *slots, *(start + 1 for start in starts)], dtype=torch.int32)
+    query_start = np.arange(count + 1, dtype=np.int32)
+    table = np.zeros((count, max(len(item.block_table) for item in items)), np.int32)
+    for row, item in zip(table, items, strict=True):
+        row[: len(item.block_table)] = item.block_table
+    tensors = BatchTensors(
+        ids=torch.tensor(ids, dtype=torch.int64),
+        positions=flat[:count],
+        slots=flat[count : 2 * count],
+        query_start=torch.from_numpy(query_start),
+        seq_lens=flat[2 * count :],
         block_table=torch.from_numpy(table),
     )
     return PackedStep(tensors, query_start)

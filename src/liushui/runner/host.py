@@ -4,8 +4,7 @@ Where the native library can run all layers in one call, it also chooses the tok
 most likely one: their logits are never put into memory. All others get theirs, and go through the sampler.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -57,30 +56,41 @@ class HostSteps:
         """One step of `model`: the one that was built, or one that watches it."""
         packed = pack(plan, self.block_size, self.last_tokens)
         ends = packed.query_start.tolist()
-        sampling = [(item, end - 1) for item, end in zip(plan.items, ends[1:], strict=True) if item.samples]
-        asked = [
-            (item, first) for item, first in zip(plan.items, ends, strict=False) if self._prompt_rows(item, states)
-        ]
-        if self.whole is None or model is not self.built or not {"forward", "logits"}.isdisjoint(vars(model)):
+        watched = self.whole is None or model is not self.built or not {"forward", "logits"}.isdisjoint(vars(model))
+        likely, sampling, asked = self._sort(plan, states, ends, watched)
+        best: list[int] = []
+        if watched or self.whole is None:
             hidden = model.forward(self.kv, packed.tensors)
-            places = {row: row for row in range(ends[-1])}
-            best: list[int] = []
+            places: Mapping[int, int] = dict(zip(range(ends[-1]), range(ends[-1]), strict=True))
         else:
-            # Those that want the most likely token come first.
-            sampling.sort(key=lambda pair: not _greedy(states[pair[0].seq_id]))
-            wanted = [row for _, row in sampling]
+            wanted = [row for _, row in (*likely, *sampling)]
             for item, first in asked:
                 wanted += [first + position - item.start for position in self._prompt_rows(item, states)]
-            greedy = sum(_greedy(states[item.seq_id]) for item, _ in sampling)
-            hidden, best = self._whole(self.whole, packed.tensors, wanted, greedy)
-            places = dict(zip(wanted, range(len(wanted)), strict=True))
+            hidden, best = self._whole(self.whole, packed.tensors, wanted, len(likely))
+            places = dict(zip(wanted, range(len(wanted)), strict=True)) if sampling or asked else {}
         prompts = {
             item.seq_id: self._prompt_logprobs(item, states, model, hidden, places[first + rows.start - item.start])
             for item, first in asked
             if (rows := self._prompt_rows(item, states))
         }
-        result = self._choose(sampling, states, model, hidden, places, best)
+        result = self._choose((*likely, *sampling), states, model, hidden, places, best)
         return StepResult(result.tokens, result.logprobs, prompts, result.errors)
+
+    def _sort(
+        self, plan: StepPlan, states: Mapping[str, SequenceState], ends: list[int], watched: bool
+    ) -> tuple[list[tuple[PlanItem, int]], list[tuple[PlanItem, int]], list[tuple[PlanItem, int]]]:
+        """(item, its last row) of those that want the most likely token, unless the model is watched, and of the others
+        that want one; (item, its first row) of those that want log-probabilities of their prompts."""
+        likely: list[tuple[PlanItem, int]] = []
+        sampling: list[tuple[PlanItem, int]] = []
+        asked: list[tuple[PlanItem, int]] = []
+        for item, first, end in zip(plan.items, ends, ends[1:], strict=False):
+            state = states[item.seq_id]
+            if item.samples:
+                (likely if not watched and state.wants_most_likely else sampling).append((item, end - 1))
+            if state.new.sampling.prompt_logprobs is not None and self._prompt_rows(item, states):
+                asked.append((item, first))
+        return likely, sampling, asked
 
     def _whole(
         self, whole: NativeStep, batch: BatchTensors, wanted: list[int], greedy: int
@@ -93,7 +103,7 @@ class HostSteps:
 
     def _choose(
         self,
-        items: list[tuple[PlanItem, int]],
+        items: Sequence[tuple[PlanItem, int]],
         states: Mapping[str, SequenceState],
         model: Model,
         hidden: torch.Tensor,
@@ -104,8 +114,8 @@ class HostSteps:
         tokens: dict[str, tuple[int, ...]] = {}
         logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
         errors: dict[str, str] = {}
-        chosen, raw = list(best), {}
-        left = items[len(best) :]
+        chosen, raw, known = list(best), {}, len(best)
+        left = items[known:]
         if left:
             rows = [SampleRow(states[item.seq_id], item.start + item.num_tokens) for item, _ in left]
             logits = model.logits(hidden[[places[row] for _, row in left]]).float()
@@ -120,7 +130,7 @@ class HostSteps:
                 continue
             tokens[seq_id] = (token,)
             state = states[seq_id]
-            if (line := raw.get(i - len(best))) is not None:
+            if raw and (line := raw.get(i - known)) is not None:
                 logprobs[seq_id] = (token_logprobs(line, token, state.new.sampling.logprobs or 0),)
             state.append(token)
             self.last_tokens[seq_id] = token
@@ -144,9 +154,3 @@ class HostSteps:
             for position, line in zip(range(begin, end), logits, strict=True):
                 found.append((position + 1, token_logprobs(line, new.prompt_token_ids[position + 1], top)))
         return found
-
-
-def _greedy(state: SequenceState) -> bool:
-    """Whether the most likely token is all that is wanted of a row."""
-    sampling: Any = state.new.sampling
-    return sampling.greedy and sampling.logprobs is None and not state.adjusts_logits

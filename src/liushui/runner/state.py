@@ -11,7 +11,7 @@ from liushui.core.plan import NewSequence
 class SequenceState:
     """Sampling state of one sequence; survives preemption."""
 
-    __slots__ = ("counts", "last_token", "new", "num_generated", "prompt_ids")
+    __slots__ = ("_plain", "counts", "last_token", "new", "num_generated", "prompt_ids")
 
     def __init__(self, new: NewSequence) -> None:
         self.new = new
@@ -21,6 +21,13 @@ class SequenceState:
         penalised = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
         self.counts: Counter[int] | None = Counter() if penalised else None
         self.prompt_ids = np.unique(np.array(new.prompt_token_ids, np.int64)) if s.repetition_penalty != 1 else None
+
+        self._plain = s.greedy and s.logprobs is None and not penalised and not s.logit_bias
+
+    @property
+    def wants_most_likely(self) -> bool:
+        """Whether the most likely token is all that is wanted of a row."""
+        return self._plain and not self.bans_stops
 
     def append(self, token: int) -> None:
         self.last_token = token
