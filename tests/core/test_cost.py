@@ -117,7 +117,7 @@ def test_steps_beside_decodes_keep_the_target(target: float | None) -> None:
     slow = []
     for number in range(300):
         if number in (100, 200):
-            world.add(make(f"long{number}", 2000, 2))
+            world.add(make(f"long{number}", 1200, 2))
         world.pace = pacer.pace()
         plan = world.step()
         work = Work.of(plan)
