@@ -30,6 +30,8 @@ class Envelope:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    held: list[StreamDelta] = field(default_factory=list)
+    """Ends that were not told yet."""
 
     def __call__(self, choices: list[Any], **more: Any) -> dict[str, Any]:
         """The answer, or a chunk of it."""
@@ -68,18 +70,29 @@ class Envelope:
             more["usage"] = self.usage()
         return self([], **more) if more else None
 
+    def tellable(self, delta: StreamDelta) -> bool:
+        """Whether a delta may become a chunk now. An end by deadline with nothing to show waits for the output: where
+        there is nothing at all, it becomes a status."""
+        if delta.finish_reason is FinishReason.TIMEOUT and not self.completion_tokens and not delta.token_ids:
+            self.held.append(delta)
+            return False
+        return delta.finish_reason not in BROKEN
+
     def count(self, delta: StreamDelta) -> None:
         self.completion_tokens += len(delta.token_ids)
         self.visit.facts["completion_tokens"] = self.completion_tokens
+
+    def check(self, output: RequestOutput) -> None:
+        """Raises `ApiError` if it is no answer."""
+        if output.error is not None and not timed_out_with_text(output):
+            LOG.warning("unfinished", extra={"facts": {"request_id": self.visit.request_id, "why": output.error}})
+            raise failed(output.error_code, None)
 
     def settle(self, outputs: Iterable[RequestOutput]) -> None:
         """All outputs are there: exact numbers. Raises `ApiError` if one of them is an error."""
         outputs = list(outputs)
         for output in outputs:
-            if output.error is not None and not timed_out_with_text(output):
-                self.visit.facts["error"] = output.error
-                LOG.warning("unfinished", extra={"facts": {"request_id": self.visit.request_id, "why": output.error}})
-                raise failed(output.error_code, None)
+            self.check(output)
         self.prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
         self.cached_tokens = sum(output.num_cached_tokens for output in outputs)
         self.completion_tokens = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from liushui.engine.outputs import CompletionOutput, RequestOutput, StreamDelta
 from liushui.engine.serving import ServeRequest
 from liushui.errors import ModelError, ParameterError
-from liushui.server.answers import BROKEN, Envelope
+from liushui.server.answers import Envelope
 from liushui.server.errors import ApiError
 from liushui.server.house import House, finished, merged, new_id, refusals
 from liushui.server.logprobs import Words, by_token_id, chat_content
@@ -97,9 +97,12 @@ class Talk:
                     async for news in all_news:
                         if isinstance(news, RequestOutput):
                             self.envelope.settle([news])
+                            for delta in self.envelope.held:
+                                for chunk in self._pieces(delta, begun, prompt_ids):
+                                    yield chunk
                             if (last := self.envelope.last_chunk([news])) is not None:
                                 yield last
-                        elif news.finish_reason not in BROKEN:
+                        elif self.envelope.tellable(news):
                             for chunk in self._pieces(news, begun, prompt_ids):
                                 yield chunk
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from liushui.engine.outputs import CompletionOutput, RequestOutput, StreamDelta, TokenLogprob
 from liushui.engine.serving import AnswerStream, ServeRequest
-from liushui.server.answers import BROKEN, Envelope
+from liushui.server.answers import Envelope
 from liushui.server.errors import ApiError
 from liushui.server.house import House, finished, merged, new_id, refusals
 from liushui.server.logprobs import LegacyLogprobs, Words, by_token_id
@@ -103,10 +103,12 @@ class Completion:
                     async for news in all_news:
                         if isinstance(news, RequestOutput):
                             outputs.append(news)
-                            self.envelope.settle(outputs[-1:] if news.error else [])
-                        elif news.finish_reason not in BROKEN:
+                            self.envelope.check(news)
+                        elif self.envelope.tellable(news):
                             yield self._chunk(news, told[news.index])
                 self.envelope.settle(sorted(outputs, key=lambda output: output.index))
+                for delta in self.envelope.held:
+                    yield self._chunk(delta, told[delta.index])
                 self._count()
                 if (last := self.envelope.last_chunk(outputs)) is not None:
                     yield last
