@@ -15,6 +15,7 @@ from liushui.core.request import Request, SamplingParams
 from liushui.core.scheduler import Scheduler
 from liushui.core.sequence import Sequence
 
+pytest.importorskip("typer")
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ENGLISH = sorted(path for path in DOCS.rglob("*.md") if not path.name.endswith(".zh.md"))
