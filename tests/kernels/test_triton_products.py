@@ -66,3 +66,15 @@ def test_certificates_are_taken_for_buckets_only() -> None:
     assert set(certificate.verdicts) == {80, 81}
     assert not certificate.verdicts[81]
     assert "own" in certificate.describe()
+
+
+@pytest.mark.skipif(not COMPILED or not ops().chained, reason="needs the bulk copy engine")
+@pytest.mark.parametrize("rows", [65, 100, 128, 192, 224])
+def test_tiles_by_bulk_copies_keep_the_order(rows: int) -> None:
+    """Products of more than 64 rows that the vendor may not serve: on sums that cancel, bit for bit."""
+    for outputs, k in ((200, 3072), (64, 14336)):
+        x, weight, bias = cancelling(
+            rows, on_device(fill(outputs, k, dtype=torch.bfloat16)), on_device(fill(outputs, dtype=torch.bfloat16))
+        )
+        for added in (None, bias):
+            same(product(x, weight, added, True), product(x, weight, added, False, products.REFERENCE))

@@ -100,7 +100,7 @@ class Ops(Protocol):
 
         query_start [S + 1]: sequence s has rows query_start[s] .. query_start[s + 1] - 1, its last tokens;
         seq_lens [S]: its tokens including this step's; block_table [S, max_blocks]. With `window`, the query at
-        position p sees the keys above p - window. Rows from query_start[S] on are padding and come out zero.
+        position p sees the keys above p - window. Rows from query_start[S] on are padding: what comes out is undefined.
         """
         ...
 

@@ -82,9 +82,9 @@ def _fold(q, k, v, n, positions, window, scale, m, z, acc, WINDOW: tl.constexpr)
 
 @triton.jit
 def _split(
-    q, k_cache, v_cache, table, head, low, high, positions, scale, window,
+    q, k_cache, v_cache, k_half, v_half, table, head, low, high, positions, scale, window,
     HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, TILE: tl.constexpr,
-    WINDOW: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BULK: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BULK: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Keys low .. high - 1 of one split (low at a tile's start) -> (maximum, norm, weighted values) of each row."""
     m = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -99,10 +99,16 @@ def _split(
         m, z, acc = _fold(q, k, v, n, positions, window, scale, m, z, acc, WINDOW)
     if BULK:  # noqa: SIM102
         if whole < high:  # what lies behind the last key may be anything, NaN too
-            k, v = _load(k_cache, v_cache, table, head, whole, high, HK, D, DP, BS, TILE, BULK)
-            n = whole + tl.arange(0, TILE)
-            v = tl.where((n < high)[:, None], v, 0.0)
-            m, z, acc = _fold(q, k, v, n, positions, window, scale, m, z, acc, WINDOW)
+            if HALVES and high - whole <= TILE // 2:  # half a tile: what is left out would have added zeros
+                k_part, v_part = _load(k_half, v_half, table, head, whole, high, HK, D, DP, BS, TILE // 2, BULK)
+                part = whole + tl.arange(0, TILE // 2)
+                v_part = tl.where((part < high)[:, None], v_part, 0.0)
+                m, z, acc = _fold(q, k_part, v_part, part, positions, window, scale, m, z, acc, WINDOW)
+            else:
+                k, v = _load(k_cache, v_cache, table, head, whole, high, HK, D, DP, BS, TILE, BULK)
+                n = whole + tl.arange(0, TILE)
+                v = tl.where((n < high)[:, None], v, 0.0)
+                m, z, acc = _fold(q, k, v, n, positions, window, scale, m, z, acc, WINDOW)
     return m, tl.max(z, 1), acc
 
 
@@ -156,9 +162,9 @@ def _chunks(
         total = tl.zeros((ROWS, DP), tl.float32)
         for begin_split in range(low // SPAN * SPAN, high, SPAN):
             m, z, acc = _split(
-                q, k_cache, v_cache, block_table + seq.to(tl.int64) * table_stride, head,
+                q, k_cache, v_cache, k_cache, v_cache, block_table + seq.to(tl.int64) * table_stride, head,
                 tl.maximum(low, begin_split), tl.minimum(high, begin_split + SPAN), positions, scale, window,
-                HK, D, DP, BS, TILE, WINDOW, ROWS, STAGES, BULK,
+                HK, D, DP, BS, TILE, WINDOW, ROWS, STAGES, BULK, False,
             )  # fmt: skip
             top, norm, total = _merge(top, norm, total, m, z, acc)
         mixed = total / tl.where(norm == 0.0, 1.0, norm)[:, None]
@@ -169,10 +175,11 @@ def _chunks(
 @Kernel
 @triton.jit(do_not_specialize=["table_stride", "max_splits", "window"])
 def _decode(
-    qkv, k_cache, v_cache, out, sums, scales, arrived, query_start, seq_lens, block_table, table_stride, max_splits,
-    scale, window, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-    BS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, WINDOW: tl.constexpr, PARALLEL: tl.constexpr,
-    STAGES: tl.constexpr, BULK: tl.constexpr, PDL: tl.constexpr,
+    qkv, k_cache, v_cache, k_half, v_half, out, sums, scales, arrived, query_start, seq_lens, block_table,
+    table_stride, max_splits, scale, window,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BS: tl.constexpr,
+    TILE: tl.constexpr, SPAN: tl.constexpr, WINDOW: tl.constexpr, PARALLEL: tl.constexpr, STAGES: tl.constexpr,
+    BULK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One query: the GROUP query heads of one KV head. PARALLEL programs share its splits."""
     GROUP: tl.constexpr = HQ // HK
@@ -199,8 +206,9 @@ def _decode(
         for i in range(turn, number, PARALLEL):
             start = (first + i) * SPAN
             m, z, acc = _split(
-                q, k_cache, v_cache, table, head, tl.maximum(low, start), tl.minimum(length, start + SPAN), positions,
-                scale, window, HK, D, DP, BS, TILE, WINDOW, ROWS, STAGES, BULK,
+                q, k_cache, v_cache, k_half, v_half, table, head, tl.maximum(low, start),
+                tl.minimum(length, start + SPAN), positions, scale, window, HK, D, DP, BS, TILE, WINDOW, ROWS, STAGES,
+                BULK, True,
             )  # fmt: skip
             if PARALLEL == 1:
                 top, norm, total = _merge(top, norm, total, m, z, acc)
@@ -227,10 +235,10 @@ def _decode(
             tl.store(out + row * (HQ * D) + head * GROUP * D + inner, mixed.to(out.dtype.element_ty), mask=mask)
 
 
-def _bulk(shape: "Shape", cache: torch.Tensor) -> TensorDescriptor:
+def _bulk(shape: "Shape", cache: torch.Tensor, tile: int = BN) -> TensorDescriptor:
     """The cache as rows of D: the bulk copy engine fetches a tile of keys by its first row."""
     rows = cache.shape[0] * shape.num_kv_heads * shape.block_size
-    return TensorDescriptor(cache, [rows, shape.head_dim], [shape.head_dim, 1], [BN, shape.head_dim])
+    return TensorDescriptor(cache, [rows, shape.head_dim], [shape.head_dim, 1], [tile, shape.head_dim])
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,12 +291,14 @@ def decode(
         scales = torch.empty(count * 2 * rows, dtype=torch.float32, device=out.device)
     bulk = shape.bulk(chained) if bulk is None else bulk
     num_stages = _stages(shape, qkv.dtype, num_stages)
+    k_half, v_half = k_cache, v_cache
     if bulk:
+        k_half, v_half = _bulk(shape, k_cache, BN // 2), _bulk(shape, v_cache, BN // 2)
         k_cache, v_cache = _bulk(shape, k_cache), _bulk(shape, v_cache)
     _decode[(shape.num_kv_heads, sequences, parallel)](
-        qkv, k_cache, v_cache, out, sums, scales, arrived, query_start, seq_lens, block_table, width, splits,
-        scale * LOG2E, window or 0, **shape.constants(), ROWS=rows, WINDOW=window is not None, PARALLEL=parallel,
-        STAGES=num_stages, BULK=bulk, **options(chained, num_warps, num_stages),
+        qkv, k_cache, v_cache, k_half, v_half, out, sums, scales, arrived, query_start, seq_lens, block_table,
+        width, splits, scale * LOG2E, window or 0, **shape.constants(), ROWS=rows, WINDOW=window is not None,
+        PARALLEL=parallel, STAGES=num_stages, BULK=bulk, **options(chained, num_warps, num_stages),
     )  # fmt: skip
 
 

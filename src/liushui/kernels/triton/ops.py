@@ -14,10 +14,7 @@ _FUSED_NORM = 2048
 
 
 class TritonOps:
-    """See `kernels.ops.Ops`. Tensors are on one CUDA device (or, under Triton's interpreter, on the CPU).
-
-    Padding rows of `attention` that belong to no sequence come out undefined; they touch no other row.
-    """
+    """See `kernels.ops.Ops`. Tensors are on one CUDA device (or, under Triton's interpreter, on the CPU)."""
 
     name = "triton"
     threads = 1
