@@ -100,6 +100,9 @@ class Runner:
             weights.close()
         if ops.name == "native":
             ops.share_threads(with_torch=policy.uses_vendor)  # type: ignore[attr-defined]
+            if not policy.uses_vendor:
+                # What is left to torch is small, and threads of its own would wait for work on the step's processors.
+                torch.set_num_threads(1)
         free = hardware.free_gpu_bytes(device, reserve) if on_gpu else hardware.free_memory_bytes()
         kv_dtype = pick_kv_dtype(config, dtype, ops.name)
         plan = plan_kv(config, shape, kv_dtype, free, on_gpu=on_gpu)
