@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liushui.core.request import SamplingParams
-from tests.support import tiny
+from liushui.kernels.ops import load_ops
+from tests.support import blocks, tiny
 
 PROMPTS = [torch.randint(3, 211, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 9, 40, 23, 64)]
 PARAMS = [
@@ -26,11 +27,26 @@ FAMILIES = ("llama", "gpt2", "qwen3", "mistral-window")
 RELATIVES = ("gemma3", "granite", "olmo2", "phi3", "mixtral", "qwen3-moe-mixed")
 CASES = [(family, *variant) for family in FAMILIES for variant in VARIANTS]
 CASES += [(family, *variant) for family in RELATIVES for variant in VARIANTS[1:3]]
+QUANTISED = [
+    ("llama", "float32", "native/native"),
+    ("qwen3", "bfloat16", "native/native"),
+    ("llama-tied", "float32", "native/int8"),
+    ("gpt2", "float32", "native/int8"),
+    ("mixtral", "bfloat16", "native/int4"),
+    ("llama", "float32", "native/bf16"),
+]
+"""Kernels and the form of the weights."""
+if "native" in load_ops("auto", 1).name:
+    CASES += QUANTISED
 
 
 @cache
 def _runner(family: str, dtype: str, kernels: str) -> Any:
-    return tiny.runner(tiny.oracle(family, 11), dtype=dtype, kernels=kernels, block_size=8)
+    settings: dict[str, Any] = {"dtype": dtype, "kernels": kernels.partition("/")[0], "block_size": 8}
+    form = kernels.partition("/")[2] or "auto"
+    if form == "native":
+        return blocks.runner(blocks.oracle(family, 11), weights=form, **settings)
+    return tiny.runner(tiny.oracle(family, 11), weights=form, **settings)
 
 
 @cache
