@@ -160,6 +160,15 @@ LS_INLINE void halves(const uint16_t* p, float* out) {  // 16 of them
   for (int i = 0; i < 16; i += W) store(out + i, load_half(p + i));
 }
 
+// W small integers as floats.
+template <class T>
+LS_INLINE vf load_small(const T* p) {
+  typedef T vs __attribute__((vector_size(W)));
+  vs v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, vf);
+}
+
 // Scales (and minima) of a panel, [group][16]. A minimum is what is added to the value.
 inline void expand_scales(int format, const uint8_t* from, long groups, float* scales, float* minima) {
   if (format == liushui::kInt8 || format == liushui::kInt4) {
@@ -172,20 +181,18 @@ inline void expand_scales(int format, const uint8_t* from, long groups, float* s
   } else if (format == liushui::kInt4K) {
     for (long g = 0; g < groups; g++) {
       const uint8_t* block = from + g / 8 * (64 + 8 * 32);
-      float scale[16], minimum[16];
-      halves((const uint16_t*)block, scale);
-      halves((const uint16_t*)block + 16, minimum);
       const uint8_t* factors = block + 64 + g % 8 * 32;
-      for (int c = 0; c < 16; c++) scales[g * 16 + c] = scale[c] * (float)factors[c];
-      for (int c = 0; c < 16; c++) minima[g * 16 + c] = -(minimum[c] * (float)factors[16 + c]);
+      for (int c = 0; c < 16; c += W) {
+        store(scales + g * 16 + c, load_half((const uint16_t*)block + c) * load_small(factors + c));
+        store(minima + g * 16 + c, -(load_half((const uint16_t*)block + 16 + c) * load_small(factors + 16 + c)));
+      }
     }
   } else {
     for (long g = 0; g < 2 * groups; g++) {
       const uint8_t* block = from + g / 16 * (32 + 16 * 16);
-      float scale[16];
-      halves((const uint16_t*)block, scale);
       const int8_t* factors = (const int8_t*)block + 32 + g % 16 * 16;
-      for (int c = 0; c < 16; c++) scales[g * 16 + c] = scale[c] * (float)factors[c];
+      for (int c = 0; c < 16; c += W)
+        store(scales + g * 16 + c, load_half((const uint16_t*)block + c) * load_small(factors + c));
     }
   }
 }
