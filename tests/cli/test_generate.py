@@ -229,16 +229,29 @@ def test_a_full_disk_is_reported(liushui, engine_flags, prompts):
 
 
 def test_standard_input_is_read_as_it_comes(engine_flags):
-    process = start("generate", "-", *engine_flags, "--max-num-seqs", 1, "--max-tokens", 3)
-    # Two rows more than the engine reads ahead: the first answer must not wait for the end of the input.
-    process.stdin.write('{"prompt": "a"}\n' * 6)
+    """The answer to a line does not wait for the next line; nor does the end, after Ctrl-C."""
+    process = start("generate", "-", *engine_flags, "--max-tokens", 3)
+    for prompt in ("a", "b"):
+        process.stdin.write(json.dumps({"prompt": prompt}) + "\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["prompt"] == prompt
+    process.stdin.write("not json\n")
     process.stdin.flush()
-    first = json.loads(process.stdout.readline())
-    done = finish(process, '{"prompt": "b"}\n')
-    assert first["prompt"] == "a"
+    assert "not JSON" in json.loads(process.stdout.readline())["error"]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    err = process.stderr.read()
+    assert "standard input (jsonl)" in err
+    assert "interrupted: 3 rows are complete" in err
+    assert "Traceback" not in err
+    assert "Fatal" not in err
+
+
+def test_standard_input_is_read_to_its_end(engine_flags):
+    process = start("generate", "-", *engine_flags, "--max-num-seqs", 1, "--max-tokens", 2)
+    done = finish(process, '{"prompt": "a"}\n' * 6 + '{"prompt": "the last, without an end of line"}')
     assert done.code == 0, done.err
-    assert len(done.rows) == 6
-    assert "standard input (jsonl)" in done.err
+    assert [row["line"] for row in done.rows] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_ctrl_c_keeps_the_rows_that_were_finished(engine_flags, tmp_path):

@@ -9,6 +9,8 @@ Item = TypeVar("Item", covariant=True)
 
 GRACE = 0.002
 """Seconds that a step waits for a source that is being read: enough for one that only computes, nothing to others."""
+LOOK = 0.2
+"""Seconds after which a wait is begun anew: a Ctrl-C in the moment before it would not be seen within it."""
 CLOSING = 0.5
 """Seconds that the end waits for a reader in the middle of an item."""
 
@@ -56,14 +58,15 @@ class Ahead(Generic[T]):
 
     def take(self, wait: bool) -> T:
         with self._change:
-            timeout = None if wait else 0.0 if self._asked else GRACE
+            timeout = LOOK if wait else 0.0 if self._asked else GRACE
             if not self._asked and not self._done:
                 self._asked = True
                 self._change.notify_all()
                 if self._thread is None:  # it may be stuck in the source for ever: nobody must wait for it
                     self._thread = threading.Thread(target=self._read, name="liushui-source", daemon=True)
                     self._thread.start()
-            self._change.wait_for(lambda: self._items or self._done, timeout)
+            while not self._change.wait_for(lambda: self._items or self._done, timeout) and wait:
+                pass
             if self._items:
                 self._asked = False
                 return self._items.pop()
