@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from liushui.kernels.native import NativeOps
 from liushui.kernels.native_linear import NativeLinear, NativeProducts
-from liushui.kernels.quantised import Quantised
+from liushui.kernels.quantised import Quantised, QuantisedRows
 from tests.kernels import emulated
 from tests.kernels.conftest import IMPLEMENTATIONS
 from tests.kernels.quant_support import KINDS, random_rows, rounded
@@ -166,6 +166,10 @@ def test_what_does_not_fit_is_refused(path: str) -> None:
     ops = ops_of(path)
     with pytest.raises(ValueError, match="cannot"):
         pack(ops, "int4", random_rows("Q8_0", 16, 32))
+    for kind, shape in (("Q8_0", (16, 96)), ("Q8_0", (17, 64)), ("Q4_K", (1, 255)), ("Q4_1", (16, 33))):
+        part = QuantisedRows(random_rows("Q8_0", 16, 64).parts[0].rows, kind, shape, lambda dtype: torch.empty(0))
+        with pytest.raises(ValueError, match=r"are not \["):  # more than the memory holds
+            ops.pack(Quantised((part,)))
     packed = pack(ops, "Q8_0", random_rows("Q8_0", 16, 64))
     assert ops.linear(torch.empty(0, 64), packed).shape == (0, 16)
     for x in (torch.randn(2, 63), torch.randn(2, 64).half(), torch.randn(64, 2).T):

@@ -19,16 +19,17 @@ from liushui.kernels.quantised import Quantised
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "int4+min": 4, "int4 K": 5, "int6 K": 6}
 """`WeightFormat` in linear.h."""
 SOURCES = {
-    "F32": (0, "float32"),
-    "BF16": (1, "bfloat16"),
-    "Q8_0": (2, "int8"),
-    "Q4_0": (3, "int4"),
-    "Q4_1": (4, "int4+min"),
-    "Q4_K": (5, "int4 K"),
-    "Q6_K": (6, "int6 K"),
-    "Q5_0": (7, "int8"),
+    "F32": (0, "float32", 1, 4),
+    "BF16": (1, "bfloat16", 1, 2),
+    "Q8_0": (2, "int8", 32, 34),
+    "Q4_0": (3, "int4", 32, 18),
+    "Q4_1": (4, "int4+min", 32, 20),
+    "Q4_K": (5, "int4 K", 256, 144),
+    "Q6_K": (6, "int6 K", 256, 210),
+    "Q5_0": (7, "int8", 32, 22),
 }
-"""What a weight is packed from: its number in quant_pack.h, and the format it is held in as it comes."""
+"""What a weight is packed from: its number in quant_pack.h, the format it is held in as it comes, and the elements and
+bytes of a block."""
 BLOCK_TYPES = frozenset(SOURCES) - {"F32", "BF16"}
 """GGUF's quantised types that are held as they are."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -125,16 +126,18 @@ class NativeProducts:
         return self._linked(records, [packed.data, *packed.others], bias, packed.dtype)
 
     def _pack_part(self, rows: Tensor, kind: str, shape: tuple[int, int], form: str | None) -> tuple[Record, Tensor]:
-        source, held = SOURCES.get(kind, (None, None))
-        if source is None:
+        if kind not in SOURCES:
             raise ValueError(f"native kernels have no product for {kind}")
+        source, held, block, nbytes = SOURCES[kind]
         if not rows.is_contiguous():
             raise ValueError("native kernels take contiguous tensors")
-        record = Record(format=FORMATS[form or str(held)], n=shape[0], k=shape[1])
-        nbytes = self._weight_bytes(ctypes.addressof(record))
-        if nbytes < 0:
+        if shape[1] % block or rows.nbytes != shape[0] * (shape[1] // block) * nbytes:
+            raise ValueError(f"pack_linear: {rows.nbytes} bytes of {kind} are not {list(shape)}")
+        record = Record(format=FORMATS[form or held], n=shape[0], k=shape[1])
+        size = self._weight_bytes(ctypes.addressof(record))
+        if size < 0:
             raise ValueError(f"pack_linear: a weight of {list(shape)} cannot be held as {form or held}")
-        memory = torch.empty(nbytes + _ALIGNMENT, dtype=torch.uint8)
+        memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
         start = -memory.data_ptr() % _ALIGNMENT
         record.data = memory.data_ptr() + start
         if self._pack(self.threads, ctypes.addressof(record), source, rows.data_ptr(), record.data):
