@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from liushui.core.request import SamplingParams
-from tests.support.serving import Running, events
+from tests.engine.scripted import ScriptedExecutor, saying
+from tests.support.serving import Running, events, running, scripted
 
 SAID = "Hello, 你好 👋!"
 
@@ -247,3 +248,34 @@ def test_health_ready_metrics_debug(server: Running) -> None:
     assert "liushui_requests_running 0.0" in text
     assert "vllm:" not in text
     assert server.client.get("/debug/requests").json()["requests"] == []
+
+
+@pytest.mark.parametrize("compat", ["none", "vllm"])
+def test_metrics_can_be_read(compat: str) -> None:
+    """By Prometheus' own parser; histograms add up, counters agree with what was asked."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with running(scripted(ScriptedExecutor(model=saying(SAID))), metrics_compat=compat) as server:
+        tokens = [server.complete("a", max_tokens=60).json()["usage"] for _ in range(3)]
+        families = {f.name: f for f in text_string_to_metric_families(server.client.get("/metrics").text)}
+    made = sum(usage["completion_tokens"] for usage in tokens)
+    values = {sample.name: sample.value for family in families.values() for sample in family.samples}
+    assert values["liushui_output_tokens_total"] == made
+    assert values["liushui_requests_total"] == 3
+    assert values["liushui_ready"] == 1
+    assert values["liushui_time_to_first_token_seconds_count"] == 3
+    for family in families.values():
+        if family.type == "histogram":
+            buckets = [sample.value for sample in family.samples if sample.name.endswith("_bucket")]
+            assert buckets == sorted(buckets)
+            assert buckets[-1] == next(s.value for s in family.samples if s.name.endswith("_count"))
+    theirs = {
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "vllm:time_to_first_token_seconds_count",
+        "vllm:e2e_request_latency_seconds_count",
+        "vllm:generation_tokens_total",
+    }
+    assert theirs <= set(values) if compat == "vllm" else not any(name.startswith("vllm") for name in values)
+    assert compat == "none" or values["vllm:generation_tokens_total"] == made

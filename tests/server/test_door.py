@@ -30,6 +30,9 @@ admin = true
 sha256 = "{sha256(b"bob-has-that").hexdigest()}"
 requests_per_minute = 3
 priority = 2
+
+[keys.carol]
+key = "carol-has-it-too"
 """
 
 
@@ -89,6 +92,19 @@ def test_priority_is_limited_by_the_key(keyed: Running) -> None:
         error = keyed.post(path, body | {"priority": -1}, headers=bearer("alice-has-this"))
         assert (error.status_code, error.json()["error"]["param"]) == (403, "priority")
         assert keyed.post(path, body | {"priority": 1}, headers=bearer("alice-has-this")).status_code == 200
+
+
+def test_keys_share_no_prefix_cache(keyed: Running) -> None:
+    """What one has asked, another cannot tell from the tokens found in the cache (nor from the time they save)."""
+    body = {"prompt": "a secret that only one of them has sent, long enough for blocks", "max_tokens": 1}
+
+    def cached(key: str) -> int:
+        usage = keyed.post("/v1/completions", body, headers=bearer(key)).json()["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached("alice-has-this") == 0
+    assert cached("alice-has-this") > 0
+    assert cached("carol-has-it-too") == 0
 
 
 def test_quota_of_requests() -> None:
