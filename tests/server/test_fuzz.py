@@ -134,8 +134,8 @@ def test_what_costs_much_is_bounded(fuzzed: Running) -> None:
     cases: list[dict[str, Any]] = [
         {"prompt": ["a"] * 512, "max_tokens": 1},
         {"prompt": "a", "n": 128, "max_tokens": 1, "logprobs": 20, "prompt_logprobs": 20},
-        {"prompt": "a " * 2_000_000},
-        {"prompt": [1] * 2_000_000},
+        {"prompt": "a " * 200_000},
+        {"prompt": [1] * 1_000_000},
         {"prompt": "a", "logit_bias": bias, "max_tokens": 4},
         {"prompt": "a", "stop": [f"{i}" * 1024 for i in range(64)], "max_tokens": 4},
         {"prompt": "a", "chat_template_kwargs": {}},

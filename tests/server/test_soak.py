@@ -16,7 +16,7 @@ def test_a_short_soak(capsys: pytest.CaptureFixture[str]) -> None:
     assert spec.loader is not None
     soak = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(soak)
-    code = soak.main(["--minutes", "0.1"])
+    code = soak.main(["--minutes", "0.05"])
     verdict = json.loads(capsys.readouterr().out)
     assert code == 0, verdict
     assert verdict["lost_duplicated_or_changed"] == []
