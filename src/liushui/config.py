@@ -28,8 +28,8 @@ class EngineConfig:
     """Arithmetic and KV cache: bfloat16 where the hardware has it, else float32."""
     weights: WeightForm = "auto"
     """How the weights of products are held. native: GGUF's quantised blocks as the file has them, all else in `dtype`;
-    float32, bf16: dequantised; int8, int4: quantised at load, in groups of 32. auto: native where that is the faster
-    choice and no dtype is asked for."""
+    float32, bf16: dequantised; int8, int4: quantised at load, in groups of 32. The products of native, int8 and int4
+    round activations to int8. auto: dequantised, which is exact."""
     max_model_len: int | None = None
     """Longest prompt + answer in tokens. Default: what the model and the KV cache allow."""
     max_num_seqs: int | None = None

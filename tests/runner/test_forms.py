@@ -37,13 +37,12 @@ def choose(choice: Any, ops: Any, *kinds: str, dtype: torch.dtype = torch.float3
     return forms.choose(choice, ops, dtype, File(*kinds), more.pop("numerics", "invariant"), **more)
 
 
-def test_blocks_are_used_where_that_is_faster() -> None:
-    assert choose("auto", NATIVE, "Q4_1").blocks is not None
-    assert "Q4_1 as the file has them" in choose("auto", NATIVE, "Q4_1").note
+def test_blocks_are_used_when_asked_for() -> None:
+    assert choose("native", NATIVE, "Q4_1").blocks is not None
+    assert "Q4_1 as the file has them" in choose("native", NATIVE, "Q4_1").note
     for form, why in (
         (choose("auto", PLAIN, "Q4_1"), "torch kernels"),
-        (choose("auto", Kernels("native", "generic", frozenset({"Q4_1"})), "Q4_1"), "no instructions"),
-        (choose("auto", NATIVE, "Q4_1", named=True), "asked for by dtype"),
+        (choose("auto", NATIVE, "Q4_1"), "exact (--weights native"),
         (choose("auto", NATIVE, "Q4_1", numerics="fast"), "fast"),
         (choose("auto", NATIVE, "IQ4_XS"), "no products for IQ4_XS"),
         (choose("auto", NATIVE), "no quantised"),
@@ -51,7 +50,7 @@ def test_blocks_are_used_where_that_is_faster() -> None:
         assert form.blocks is None
         assert form.dtype is torch.float32
         assert why in form.note
-    assert "IQ4_XS dequantised" in choose("auto", NATIVE, "Q4_1", "IQ4_XS").note
+    assert "IQ4_XS dequantised" in choose("native", NATIVE, "Q4_1", "IQ4_XS").note
 
 
 @pytest.mark.parametrize(

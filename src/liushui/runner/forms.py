@@ -11,10 +11,6 @@ from liushui.errors import ParameterError
 from liushui.kernels.ops import Ops
 from liushui.kernels.quantised import Quantised
 
-SLOW_INTEGERS = ("generic",)
-"""Instruction sets without products of bytes: there float32 is faster."""
-
-
 @dataclass(frozen=True, slots=True)
 class Form:
     """The choice, for `Weights` and `KernelPolicy`."""
@@ -29,12 +25,11 @@ class Form:
     """Matrices as the file holds them."""
 
 
-def choose(
-    choice: WeightForm, ops: Ops, dtype: torch.dtype, checkpoint: Any, numerics: str, named: bool = False
-) -> Form:
+def choose(choice: WeightForm, ops: Ops, dtype: torch.dtype, checkpoint: Any, numerics: str) -> Form:
     """The form for this machine and file. Raises `ParameterError` for one that cannot be had.
 
-    `named`: the user has asked for `dtype` by name; that is then also the weights' unless another form is asked for.
+    auto is not native: its products round activations to int8, which costs about 1 % of perplexity on the default
+    model (benchmarks/quality.py), and exactness is nobody's to trade but the user's.
     """
     kinds: frozenset[str] = getattr(checkpoint, "block_types", frozenset)()
     known: frozenset[str] = getattr(ops, "block_types", frozenset())
@@ -49,17 +44,14 @@ def choose(
     held = sorted(kinds & known)
     if not kinds:
         return Form(f"weights: {_name(dtype)}; the file has no quantised ones", dtype)
-    worth = not named and getattr(ops, "isa", "") not in SLOW_INTEGERS
-    if able and held and (choice == "native" or worth):
+    if able and held and choice == "native":
         return _native(checkpoint, kinds, known, dtype)
     if choice == "native":
         raise ParameterError(
             "weights", f"the file's {', '.join(sorted(kinds))} blocks cannot be used as they are: {why}"
         )
-    if able and held and named:
-        why = "asked for by dtype"
-    elif able and held:
-        why = "this machine has no instructions for products of bytes"
+    if able and held:
+        why = "exact (--weights native reads fewer bytes and rounds activations)"
     elif able:
         why = f"there are no products for {', '.join(sorted(kinds))}"
     return Form(f"weights: {', '.join(sorted(kinds))} dequantised to {_name(dtype)}: {why}", dtype)

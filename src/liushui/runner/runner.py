@@ -82,7 +82,7 @@ class Runner:
         dtype = hardware.pick_dtype(config.dtype, device)
         shape = sizes(checkpoint.config)
         ops = pick_ops(config, device, threads)
-        form = forms.choose(config.weights, ops, dtype, checkpoint, config.numerics, config.dtype != "auto")
+        form = forms.choose(config.weights, ops, dtype, checkpoint, config.numerics)
         policy = KernelPolicy(ops, config.numerics, form.quantise)
         longest = min(config.max_model_len or shape.max_positions, shape.max_positions)
         on_gpu = device.type == "cuda"
