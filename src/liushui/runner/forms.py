@@ -11,6 +11,7 @@ from liushui.errors import ParameterError
 from liushui.kernels.ops import Ops
 from liushui.kernels.quantised import Quantised
 
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """The choice, for `Weights` and `KernelPolicy`."""
