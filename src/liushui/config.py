@@ -126,7 +126,7 @@ class ServingConfig:
     served_names: tuple[str, ...] = ()
     """Names clients may use for the model, the first is reported. Default: as `EngineConfig.model`."""
     target_itl_ms: float | None = None
-    """Longest step, in milliseconds, while answers stream: prompts enter in chunks that keep it. Default: a few times
+    """Longest step, in milliseconds, while answers stream: prompts enter in chunks that keep it. Default: twice
     the measured step without prompts. 0: no limit in time."""
     max_queue_requests: int = 256
     """Most requests that wait; more are refused with 503 and Retry-After."""
