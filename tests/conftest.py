@@ -1,8 +1,11 @@
 """Settings that all tests share; they must precede the first import of torch and Triton."""
 
 import os
+import signal
 from pathlib import Path
 
+# A job that a shell starts in the background ignores interrupts, and its children with it; tests send some.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Torch's worker threads spin between operations; on a busy test machine that starves the neighbours.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Without a GPU, Triton's kernels run in its interpreter.
