@@ -163,7 +163,7 @@ def test_a_reader_that_never_reads_is_given_up() -> None:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         raw.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
         data = json.dumps(
-            {"prompt": "a", "max_tokens": 90_000, "stream": True, "ignore_eos": True, "logprobs": 20}
+            {"prompt": "a", "max_tokens": 90_000, "stream": True, "ignore_eos": True, "logprobs": 3}
         ).encode()
         raw.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
