@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-HELP = re.compile(r"<!-- help: (\w+) -->")
+HELP = re.compile(r"<!-- help: (\w+(?: \w+)*) -->")
 SOURCE = re.compile(r"^\| *`((?:src|tests|examples|scripts)/[^`]+)`", re.MULTILINE)
 WIDTH = 88
 HAN = "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef\u201c\u201d]"
@@ -53,18 +53,26 @@ def with_help(markdown: str) -> str:
 
 
 def help_texts() -> dict[str, str]:
-    """command -> what it prints for `--help`."""
+    """command -> what it prints for `--help`; a command of a group is named with it, as in "bench serve"."""
     import typer
 
     from liushui.cli.main import app
 
     group: Any = typer.main.get_command(app)
-    texts = {}
-    for name, command in group.commands.items():
-        parent = group.make_context("liushui", [], resilient_parsing=True)
-        parent.terminal_width = parent.max_content_width = WIDTH
+    with group.make_context("liushui", [], resilient_parsing=True) as context:
+        context.terminal_width = context.max_content_width = WIDTH
+        return commands_of(context)
+
+
+def commands_of(parent: Any, group: str = "") -> dict[str, str]:
+    """Those of the group whose context is `parent`, and of the groups in it."""
+    texts: dict[str, str] = {}
+    for name, command in parent.command.commands.items():
         with command.make_context(name, [], parent=parent, resilient_parsing=True) as context:
-            texts[name] = command.get_help(context)
+            if hasattr(command, "commands"):
+                texts |= commands_of(context, f"{group}{name} ")
+            else:
+                texts[group + name] = command.get_help(context)
     return texts
 
 
