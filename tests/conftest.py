@@ -4,8 +4,6 @@ import os
 import signal
 from pathlib import Path
 
-# A job that a shell starts in the background ignores interrupts, and its children with it; tests send some.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 # Torch's worker threads spin between operations; on a busy test machine that starves the neighbours.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Without a GPU, Triton's kernels run in its interpreter.
@@ -15,6 +13,8 @@ if not Path("/dev/nvidiactl").exists():
 import pytest
 from hypothesis import HealthCheck, settings
 
+# A job that a shell starts in the background ignores interrupts, and its children with it; tests send some.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("liushui", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("liushui")
 
