@@ -65,7 +65,9 @@ def test_served_is_offline_bit_for_bit(folder: Path) -> None:
         engine = ProcessEngine(tight, ServingConfig(target_itl_ms=1.0, ageing=0.01))
         await engine.start()
         try:
-            for turn in range(2):
+            for turn in [*[0] * 8, 1]:
+                if not turn and engine.stats().counters["preemptions"]:
+                    continue  # whether anyone is preempted is a matter of who comes when: once is enough
                 tasks = [asyncio.create_task(one(engine, number, turn)) for number in range(len(prompts))]
                 if turn:
                     await asyncio.sleep(0.05)
@@ -74,8 +76,7 @@ def test_served_is_offline_bit_for_bit(folder: Path) -> None:
                     assert output.error is None
                     assert output.outputs == right.outputs
                     assert output.prompt_logprobs == right.prompt_logprobs
-                if not turn:
-                    assert engine.stats().counters["preemptions"] > 0
+            assert engine.stats().counters["preemptions"] > 0
             assert engine.stats().counters["engine_restarts"] == 1
             house = engine._meter.house
             assert (house.running, house.waiting, house.free_blocks) == (0, 0, house.num_blocks)
