@@ -33,7 +33,7 @@ from liushui.engine.serving import (
 )
 from liushui.engine.startup import TextSide
 from liushui.engine.text import Vocabulary
-from liushui.engine.ticket import Desk, Ticket
+from liushui.engine.ticket import Ticket
 from liushui.engine.tokenizer import Tokenizer
 from liushui.errors import LiushuiError, Overloaded, ParameterError
 
@@ -71,7 +71,7 @@ class Outgoing:
             orders.clear()
 
 
-class AsyncEngine(Desk):
+class AsyncEngine:
     """`ServingEngine` over any `Link`."""
 
     def __init__(

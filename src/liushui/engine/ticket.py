@@ -1,7 +1,7 @@
 """One request on the text side: what has come of it, and the reader that takes it away."""
 
 import asyncio
-from typing import Self
+from typing import Protocol, Self
 
 from liushui.core.request import FinishReason, Request
 from liushui.engine.inputs import Prepared
@@ -11,12 +11,12 @@ from liushui.engine.serving import News
 from liushui.engine.text import Vocabulary
 
 
-class Desk:
+class Desk(Protocol):
     """What a ticket asks of the engine that gave it out."""
 
     def give_up(self, ticket: "Ticket") -> None:
         """Its reader has left."""
-        raise NotImplementedError
+        ...
 
 
 class Ticket:
