@@ -74,20 +74,14 @@ def test_the_same_bits_in_any_batch_and_from_the_cache(model: Any, settings: dic
 
 
 @pytest.mark.parametrize("budget", [64, 7])
-def test_only_the_continuation_becomes_logits(model: Any, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+def test_only_the_continuation_becomes_logits(model: Any, budget: int) -> None:
     """A row of logits costs as much as a layer or ten: none is computed for the context."""
     llm = make(model, max_num_batched_tokens=budget, prefix_caching=False)
     runner: Any = llm.engine.executor
-    rows, honest = [], runner.model.logits
-
-    def counted(hidden: torch.Tensor) -> torch.Tensor:
-        rows.append(len(hidden))
-        return honest(hidden)
-
-    monkeypatch.setattr(runner.model, "logits", counted)
+    runner.model = watched = tiny.Listening(runner.model)
     (score,) = llm.score([[5] * 40], [[6, 7, 8]], use_tqdm=False)
     assert len(score.token_logprobs) == 3
-    assert sum(rows) == 3 + 1  # and the row after the last token, which the scheduler samples
+    assert sum(map(len, watched.logits_made)) == 3 + 1  # and the row after the last token, which the scheduler samples
 
 
 def test_greedy_is_what_the_model_would_say(model: Any) -> None:

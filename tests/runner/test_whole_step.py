@@ -180,11 +180,10 @@ def test_indices_out_of_range_are_refused(wrong: str) -> None:
         step(torch.zeros(1, 48), positions, slots, starts, lens, table, wanted, 1)
 
 
-def test_whoever_watches_the_model_sees_it_operation_by_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, seen = tiny.runner(tiny.oracle("llama")), []
-    inner = runner.model.logits
-    monkeypatch.setattr(runner.model, "logits", lambda hidden: seen.append(hidden.shape) or inner(hidden))
+def test_whoever_watches_the_model_sees_it_operation_by_operation() -> None:
+    runner = tiny.runner(tiny.oracle("llama"))
+    runner.model = watched = tiny.Listening(runner.model)
     driver = tiny.Driver(runner)
     driver.add("a", [5, 6, 7], GREEDY)
     driver.step({"a": 3})
-    assert seen == [(1, 48)]
+    assert [len(rows) for rows in watched.logits_made] == [1]

@@ -142,6 +142,22 @@ def runner(model: transformers.PreTrainedModel, **settings: Any) -> Runner:
     return Runner.load(EngineConfig(**settings).validate(), checkpoint(model))
 
 
+class Listening:
+    """A model that notes every row of logits it makes: a runner given it goes operation by operation."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.logits_made: list[torch.Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        made = self._model.logits(hidden)
+        self.logits_made.append(made.clone())
+        return made
+
+
 class Driver:
     """Feeds a runner by hand: any cut of any sequences into steps, blocks taken in any order."""
 
