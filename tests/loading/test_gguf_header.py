@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from liushui.errors import LiushuiError, ModelError
 from liushui.loading import open_checkpoint
 from liushui.loading.gguf_header import read_header
-from tests.loading.gguf_models import close
+from tests.support.gguf_files import close
 
 WIDTH = 32
 TOKENS = ["<unk>", "<s>", "</s>", "a", "b", "ab", "Ġ", "c", "▁", "<0x0A>", "▁a", "<tool>"]

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from liushui.config import EngineConfig
-from liushui.core.request import SamplingParams
 from liushui.errors import ModelError, WeightError
 from liushui.loading import Checkpoint, open_checkpoint
 from liushui.runner.runner import Runner
-from tests.loading.gguf_models import close, gguf_name, hf_tensors, interleaved, write_model
-from tests.support.tiny import Driver, oracle
+from tests.support import tiny
+from tests.support.gguf_files import close, interleaved, write_model
+from tests.support.tiny import oracle
 
 FAMILIES = {
     "llama": "llama",
@@ -30,7 +30,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_come_back_as_hugging_face_has_them(tmp_path: Path, family: str) -> None:
     model = oracle(family)
-    expected = hf_tensors(model)
+    expected = tiny.checkpoint(model).tensors
     checkpoint = open_checkpoint(write_model(tmp_path / "m.gguf", model, FAMILIES[family]))
     assert sorted(checkpoint.names()) == sorted(expected)
     for name, tensor in expected.items():
@@ -73,7 +73,7 @@ def gemma3(path: Path) -> tuple[Any, Checkpoint]:
 
 def test_gemma3_norms_come_back_as_their_distance_from_one(tmp_path: Path) -> None:
     model, checkpoint = gemma3(tmp_path / "m.gguf")
-    expected = hf_tensors(model)
+    expected = tiny.checkpoint(model).tensors
     assert sorted(checkpoint.names()) == sorted(expected)
     for name, tensor in expected.items():
         loaded = checkpoint.load(name, torch.float32)
@@ -90,14 +90,7 @@ def test_gemma3_config_makes_the_model_of_the_file(tmp_path: Path) -> None:
     assert (config["hidden_activation"], config["query_pre_attn_scalar"]) == ("gelu_pytorch_tanh", 12)
     assert "hidden_act" not in config
     runner = Runner.load(EngineConfig(dtype="float32", kv_cache_gib=0.01, threads=1).validate(), checkpoint)
-    driver = Driver(runner)
-    prompt = torch.randint(3, 211, (50,), generator=torch.Generator().manual_seed(1)).tolist()
-    driver.add("a", prompt, SamplingParams(temperature=0, prompt_logprobs=0))
-    found = [entry.logprob for _, entry in driver.step({"a": 50}).prompt_logprobs["a"]]
-    with torch.no_grad():
-        expected = torch.log_softmax(model(torch.tensor([prompt])).logits[0], dim=-1)
-    theirs = expected[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(found), theirs, rtol=0, atol=1e-4)
+    tiny.check_logprobs(runner, model)
 
 
 def test_unpermuted_rows_give_the_same_attention_scores(tmp_path: Path) -> None:
@@ -106,8 +99,6 @@ def test_unpermuted_rows_give_the_same_attention_scores(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     stored = {kind: rng.standard_normal((heads * size, width)).astype(np.float32) for kind in "qk"}
     x = {kind: rng.standard_normal(width).astype(np.float32) for kind in "qk"}
-    model = oracle("llama-tied", hidden_size=width)
-    tensors = {name: tensor for name, tensor in hf_tensors(model).items() if "_proj" not in name or ".0." in name}
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in {"context_length": 64, "embedding_length": width, "block_count": 1}.items():
@@ -139,13 +130,12 @@ def test_unpermuted_rows_give_the_same_attention_scores(tmp_path: Path) -> None:
         q, k = (halves[kind][:, 0] + 1j * halves[kind][:, 1] for kind in "qk")
         return (q * turn * k.conj()).real.sum(-1)
 
-    assert tensors
     np.testing.assert_allclose(scores_halves(), scores_interleaved(), rtol=1e-5)
     assert not np.array_equal(stored["q"], interleaved(stored["q"], heads))
 
 
 def test_quantised_rotary_rows_move_whole(tmp_path: Path) -> None:
-    model = oracle("llama-tied", hidden_size=64, num_attention_heads=4)
+    model = oracle("llama-tied", hidden_size=64, num_attention_heads=4, head_dim=16)
     path = tmp_path / "m.gguf"
     rows = np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32)
 
@@ -286,12 +276,3 @@ def test_special_id_out_of_range(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_model(tmp_path / "m.gguf", oracle("llama"), "llama", vocabulary=vocabulary))
     with pytest.raises(ModelError, match="eos_token_id' names no token: 7"):
         assert checkpoint.special
-
-
-def test_names_are_those_of_the_gguf_package() -> None:
-    """The table of names agrees with the one in the gguf package."""
-    for arch, family in {"llama": "llama", "qwen3": "qwen3", "qwen2": "qwen2", "gpt2": "gpt2"}.items():
-        kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-        table = gguf.get_tensor_name_map(kind, 3)
-        for name in hf_tensors(oracle(family)):
-            assert gguf_name(name) == table.get_name(name, try_suffixes=(".weight", ".bias")), name

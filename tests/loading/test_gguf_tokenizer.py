@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from liushui.errors import ModelError
 from liushui.loading.gguf_header import read_header
 from liushui.loading.gguf_tokenizer import adds_bos, build_tokenizer
-from tests.loading.gguf_models import write_model
+from tests.support.gguf_files import write_model
 from tests.support.tiny import oracle
 
 CORPUS = [

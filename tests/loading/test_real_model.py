@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 
 from liushui.loading import Checkpoint, open_checkpoint
-from tests.loading.gguf_models import interleaved
 from tests.loading.test_gguf_tokenizer import TRICKY
+from tests.support.gguf_files import interleaved
 
 pytestmark = pytest.mark.real_model
 

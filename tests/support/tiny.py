@@ -199,3 +199,15 @@ class Driver:
         for name, tokens in result.tokens.items():
             self.ids[name].extend(tokens)
         return result
+
+
+def check_logprobs(runner: Runner, model: transformers.PreTrainedModel, length: int = 50) -> None:
+    """Every token of a random prompt is as likely as Hugging Face's `model` says."""
+    driver = Driver(runner)
+    prompt = torch.randint(3, 211, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    driver.add("a", prompt, SamplingParams(temperature=0, prompt_logprobs=0))
+    found = [entry.logprob for _, entry in driver.step({"a": length}).prompt_logprobs["a"]]
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([prompt])).logits[0], dim=-1)
+    theirs = expected[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(found), theirs, rtol=0, atol=1e-4)
