@@ -226,6 +226,7 @@ def test_fields_that_do_not_agree(server: Running, fields: dict[str, Any], param
     ("fields", "param"),
     [
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
         ({"stream": True, "echo": True, "logprobs": 1}, "logprobs"),
         ({"prompt": ["a"] * 100, "n": 11}, "n"),
         ({"prompt": ["a"] * 513}, "prompt"),

@@ -67,7 +67,7 @@ class Running:
 
 
 @contextmanager
-def running(engine: Any, keys: KeyRing | None = None, **settings: Any) -> Iterator[Running]:
+def running(engine: Any, keys: KeyRing | None = None, traces: Any = None, **settings: Any) -> Iterator[Running]:
     """Serve `engine` until the block ends, or until `.stop()`: then it drains, as after a signal."""
     config = ServerConfig(port=0, **settings)
     ready, box = threading.Event(), {}
@@ -84,7 +84,7 @@ def running(engine: Any, keys: KeyRing | None = None, **settings: Any) -> Iterat
             await engine.start()
             with bind(config) as listener:
                 ring = KeyRing.load(config) if keys is None else keys
-                await _until_stopped(engine, config, ring, listener, stop, started)
+                await _until_stopped(engine, config, ring, listener, stop, started, traces)
         finally:
             await engine.close()
             ready.set()

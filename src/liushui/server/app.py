@@ -9,7 +9,7 @@ engine      a face on a loop that runs elsewhere              liushui.engine.ser
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -32,20 +32,41 @@ from liushui.server.schema.common import Body
 from liushui.server.schema.completions import CompletionRequest
 from liushui.server.schema.tokenize import DetokenizeRequest, TokenizeRequest
 from liushui.server.settings import ServerConfig
+from liushui.server.visit import Visit
 from liushui.server.wire import GONE, ClientGoneError, JsonResponse, visit_of
 
+if TYPE_CHECKING:
+    from liushui.server.otlp import Traces
+
 Endpoint = Callable[[House, Request], Awaitable[Response]]
+NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""FastAPI's own would tell a collector what requests say that fail; ours is otlp.py. (Before 0.165 it has none.)"""
 
 
-def build_app(engine: ServingEngine, config: ServerConfig, keys: KeyRing | None = None) -> Door:
+def build_app(
+    engine: ServingEngine, config: ServerConfig, keys: KeyRing | None = None, traces: "Traces | None" = None
+) -> Door:
     """The server around a started engine, as an ASGI application; `.routes` lists its paths."""
     keys = KeyRing.load(config) if keys is None else keys
-    house, metrics = House(engine, keys, config), Metrics(engine, config.metrics_compat)
-    app = FastAPI(title="liushui", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    house, metrics = House(engine, keys, config), Metrics(engine, config.metrics_compat, traces)
+    app = FastAPI(
+        title="liushui",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        telemetry=NO_TELEMETRY,
+    )
     _add_posts(app, house)
     _add_gets(app, house, metrics)
     _add_errors(app)
-    return Door(app, keys, config, metrics.count)
+
+    def ended(visit: Visit) -> None:
+        metrics.count(visit)
+        if traces is not None:
+            traces.ended(visit)
+
+    return Door(app, keys, config, ended)
 
 
 def _add_posts(app: FastAPI, house: House) -> None:

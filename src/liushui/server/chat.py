@@ -181,7 +181,7 @@ def shown(messages: list[Message], template: str) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         made = message.model_dump(include={"role", "content", *_SHOWN_IF_NAMED}, exclude_none=True)
         for name in _SHOWN_IF_NAMED:
-            if name in made and not _mentions(template, name):
+            if made.get(name) and not _mentions(template, name):
                 what = "the model's chat template does not show it; put it into the content"
                 raise ParameterError(f"messages[{i}].{name}", what)
         if message.role == "developer" and not _mentions(template, "developer"):

@@ -42,7 +42,8 @@ class Completion:
         self.body = body
         self.words = Words(house.vocabulary, bool(body.return_tokens_as_token_ids))
         self.envelope = Envelope(house, visit, body, new_id("cmpl"), "text_completion")
-        self.names = {"prompt_token_ids": "prompt"}
+        limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        self.names = {"prompt_token_ids": "prompt", "max_tokens": limit}
         self.silent = body.max_tokens == 0
         """Nothing but the prompt is wanted: one token is made, and not shown."""
 
@@ -53,7 +54,7 @@ class Completion:
             if body.streams and getattr(body, name) is not None and (body.echo or name == "prompt_logprobs"):
                 what = f"{name}: log-probabilities of a prompt only without stream"
                 raise ApiError(400, "invalid_value", what, param=name)
-        asked = 1 if self.silent else body.max_tokens
+        asked = 1 if self.silent else body.limit
         with refusals(self.visit, self.names):
             params = sampling_params(
                 body,

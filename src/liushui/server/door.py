@@ -16,6 +16,7 @@ from liushui.server.errors import INTERNAL, ApiError
 from liushui.server.keys import MAX_KEY, NOBODY, Key, KeyRing
 from liushui.server.schema.common import REQUEST_ID
 from liushui.server.settings import ServerConfig
+from liushui.server.traces import caller_of
 from liushui.server.visit import LOG, VISIT, Visit
 
 Message = MutableMapping[str, Any]
@@ -91,6 +92,7 @@ class Door:
             headers = {name.lower(): value for name, value in scope["headers"]}
             self._name(visit, headers)
             visit.key = self._who(scope["path"], headers)
+            visit.caller = caller_of(scope["headers"])
             await self._app(scope, receive, send_with_headers)
         except ApiError as error:
             await respond(visit, error, send_with_headers)
@@ -131,7 +133,8 @@ class Door:
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
         if name and name not in _LOCAL_NAMES and name != self._config.host:
-            raise ApiError(403, "host_not_allowed", "without API keys, only localhost is answered; see SECURITY.md")
+            message = "without API keys, only localhost is answered; start the server with --api-key-file (SECURITY.md)"
+            raise ApiError(403, "host_not_allowed", message)
 
 
 async def respond(visit: Visit, error: ApiError, send: Send) -> None:

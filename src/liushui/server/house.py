@@ -63,6 +63,7 @@ class House:
         visit.request_id = body.request_id or visit.request_id
         visit.timings = bool(body.return_timings) or request.headers.get("x-return-timings", "").lower() == "true"
         self.check_model(body.model)
+        visit.facts["model"] = self.name
         with refusals(visit, {}):
             self.engine.check_room()
 
@@ -78,6 +79,7 @@ class House:
         try:
             async with AsyncExitStack() as stack:
                 streams = [await stack.enter_async_context(await self.engine.submit(item)) for item in requests]
+                visit.streams = streams
                 visit.facts["prompt_tokens"] = sum(len(s.prepared.request.prompt_token_ids) for s in streams)
                 yield streams
         finally:

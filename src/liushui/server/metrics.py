@@ -5,7 +5,7 @@ Everything the engine knows comes from its event log (`ServingEngine.stats`); no
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
@@ -14,6 +14,9 @@ from liushui import __version__
 from liushui.engine.serving import Histogram, ServingEngine, Stats
 from liushui.server.settings import Compat
 from liushui.server.visit import Visit
+
+if TYPE_CHECKING:
+    from liushui.server.otlp import Traces
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 GAUGES = {
@@ -49,8 +52,9 @@ VLLM_HISTOGRAMS = {
 class Metrics:
     """Collects when it is asked."""
 
-    def __init__(self, engine: ServingEngine, compat: Compat) -> None:
+    def __init__(self, engine: ServingEngine, compat: Compat, traces: "Traces | None" = None) -> None:
         self._engine = engine
+        self._traces = traces
         self._compat = compat
         self._visits: Counter[tuple[str, str]] = Counter()
         self._registry = CollectorRegistry(auto_describe=False)
@@ -76,6 +80,11 @@ class Metrics:
         for (path, status), count in sorted(self._visits.items()):
             http.add_metric([path, status], count)
         yield http
+        if self._traces is not None:
+            spans = CounterMetricFamily("liushui_spans", "OpenTelemetry spans, by what came of them.", labels=["end"])
+            for end, count in self._traces.counts().items():
+                spans.add_metric([end], count)
+            yield spans
         yield from _own(stats)
         if self._compat == "vllm":
             yield from _vllm(stats, self._engine.info.served_names[0])

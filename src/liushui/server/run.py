@@ -8,8 +8,10 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -20,6 +22,9 @@ from liushui.server.keys import KeyRing
 from liushui.server.settings import ServerConfig
 from liushui.server.visit import LOG, set_up_logging
 
+if TYPE_CHECKING:
+    from liushui.server.otlp import Traces
+
 BACKLOG = 2048
 KEEP_ALIVE = 75
 """Seconds an idle connection is kept; longer than clients keep theirs, so that none is closed under a request."""
@@ -27,6 +32,8 @@ MAX_HEADERS = 32 * 1024
 """Bytes of a request line and its headers."""
 LAST_WORDS = 5
 """Seconds that connections have to take the rest of their answers, after the engine is idle."""
+LAST_SPANS = 0.5
+"""Seconds that spans have to get away, if the answers under way have used up `drain_timeout`."""
 
 
 class _Server(uvicorn.Server):
@@ -66,11 +73,12 @@ async def serve(engine: ServingEngine, config: ServerConfig, started: Callable[[
     config.validate()
     keys = KeyRing.load(config)
     set_up_logging(config.log_format == "json")
+    traces = _traces(config.traces_url)
     with bind(config) as listener:
         stop = _signals()
         try:
             await engine.start()
-            await _until_stopped(engine, config, keys, listener, stop, started)
+            await _until_stopped(engine, config, keys, listener, stop, started, traces)
         finally:
             await engine.close()
 
@@ -82,10 +90,11 @@ async def _until_stopped(
     listener: socket.socket,
     stop: asyncio.Event,
     started: Callable[[str], None],
+    traces: "Traces | None" = None,
 ) -> None:
     server = _Server(
         uvicorn.Config(
-            build_app(engine, config, keys),
+            build_app(engine, config, keys, traces),
             http="h11",
             ws="none",
             lifespan="off",
@@ -106,15 +115,26 @@ async def _until_stopped(
         if not serving.done():
             started(address(listener))
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        limit = time.monotonic() + config.drain_timeout
         if not serving.done():
             LOG.info("draining", extra={"facts": {"unfinished": engine.stats().gauges.unfinished_requests}})
             if not await engine.drain(config.drain_timeout):
                 LOG.warning("drain_timeout", extra={"facts": {"seconds": config.drain_timeout}})
         server.should_exit = True
         await serving
+        if traces is not None:
+            await traces.close(min(LAST_WORDS, max(LAST_SPANS, limit - time.monotonic())))
         LOG.info("stopped")
     finally:
         stopping.cancel()
+
+
+def _traces(url: str | None) -> "Traces | None":
+    if url is None:
+        return None
+    from liushui.server.otlp import Traces
+
+    return Traces.to(url)
 
 
 def _signals() -> asyncio.Event:

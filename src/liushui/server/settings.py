@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from ipaddress import ip_address
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
 from liushui.errors import ParameterError
 
@@ -36,6 +37,9 @@ class ServerConfig:
     """vllm: /metrics has vLLM's names besides our own."""
     log_format: LogFormat = "text"
     """One line a request, as text or JSON, on standard error."""
+    otlp_traces_endpoint: str | None = None
+    """Send an OpenTelemetry span for each request to this collector, such as http://127.0.0.1:4318/v1/traces
+    (OTLP over HTTP; a URL without a path gets this one). Needs liushui[otel]."""
 
     def validate(self) -> "ServerConfig":
         for name, literal in _CHOICES.items():
@@ -47,6 +51,8 @@ class ServerConfig:
                 raise ParameterError(name, f"must be a positive number, got {getattr(self, name)!r}")
         if not 0 <= self.port < 65536:
             raise ParameterError("port", f"must be in [0, 65535], got {self.port}")
+        if self.otlp_traces_endpoint is not None:
+            _check_endpoint("otlp_traces_endpoint", self.otlp_traces_endpoint)
         if not self.keyed and not is_loopback(self.host):
             raise ParameterError(
                 "host",
@@ -64,9 +70,33 @@ class ServerConfig:
         """Bytes."""
         return int(self.max_body_mib * 2**20)
 
+    @property
+    def traces_url(self) -> str | None:
+        """Where spans go."""
+        if self.otlp_traces_endpoint is None:
+            return None
+        parts = urlsplit(self.otlp_traces_endpoint)
+        return (parts if parts.path.strip("/") else parts._replace(path="/v1/traces")).geturl()
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in fields(cls))
+
+
+def _check_endpoint(field: str, url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or not url.isprintable() or " " in url:
+        raise ParameterError(field, f"must be a URL such as http://127.0.0.1:4318/v1/traces, got {url!r}")
+    try:
+        import opentelemetry.exporter.otlp.proto.http
+        import opentelemetry.sdk.trace  # noqa: F401
+    except ImportError:
+        what = "needs OpenTelemetry's SDK, which is not installed; pip install 'liushui[otel]'"
+        raise ParameterError(field, what) from None
 
 
 def is_loopback(host: str) -> bool:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from liushui.engine.serving import AnswerStream
 from liushui.server.keys import Key
 
 LOG = logging.getLogger("liushui.server")
@@ -32,6 +33,10 @@ class Visit:
     """Of the error, if it was one."""
     timings: bool = False
     """Whether the answer is to say where its time went."""
+    caller: dict[str, list[str]] | None = None
+    """Headers that say whose trace it belongs to; None: it was not let in."""
+    streams: list[AnswerStream] = field(default_factory=list)
+    """Its prompts, once they are accepted."""
     facts: dict[str, Any] = field(default_factory=dict)
     """model, tokens, finish reasons: what the endpoint knows."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, StrictBool, TypeAdapter, ValidationError, WithJsonSchema, model_validator
 
 from liushui.server.errors import ApiError
-from liushui.server.schema.common import MAX_TOKEN_ID, MAX_TOP, REFUSED, Generation, Refused, TokenId
+from liushui.server.schema.common import MAX_TOKEN_ID, MAX_TOP, REFUSED, Count, Generation, Refused, TokenId
 
 MAX_PROMPTS = 512
 MAX_ANSWERS = 1024
@@ -59,6 +59,8 @@ class CompletionRequest(Generation):
     prompt: Annotated[Any, BeforeValidator(_prompts), WithJsonSchema(PROMPT_SCHEMA)]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = None
     """Default: 16, as OpenAI's. 0, with echo: the prompt's own log-probabilities."""
+    max_completion_tokens: Count | None = None
+    """The chat endpoint's name of max_tokens: some clients (GuideLLM) send both everywhere."""
     echo: StrictBool | None = None
     """The prompt in front of the answer; with logprobs, its log-probabilities too."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
@@ -70,4 +72,13 @@ class CompletionRequest(Generation):
             raise ApiError(400, "invalid_value", message, param="n")
         if self.max_tokens == 0 and not self.echo:
             raise ApiError(400, "invalid_value", "max_tokens: 0 only with echo: true", param="max_tokens")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            message = "max_tokens: and max_completion_tokens are one setting, and the two differ; send one"
+            raise ApiError(400, "invalid_value", message, param="max_tokens")
         return self
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of an answer, by whichever name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
