@@ -385,6 +385,12 @@ def test_an_endpoint_that_is_none(url: str) -> None:
         ServerConfig(otlp_traces_endpoint=url).validate()
 
 
+def test_settings_that_the_sdk_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "100000")
+    with pytest.raises(ParameterError, match=r"otlp_traces_endpoint: OpenTelemetry refuses its settings \(.*OTEL_\*"):
+        Traces.to("http://127.0.0.1:9/v1/traces")
+
+
 def test_without_the_extra_the_flag_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
     with pytest.raises(LiushuiError, match=re.escape("--otlp-traces-endpoint: needs OpenTelemetry's SDK")) as caught:

@@ -22,6 +22,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_i
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from liushui import __version__
+from liushui.errors import ParameterError
 from liushui.server.traces import OPERATIONS, Span, span_of
 from liushui.server.visit import LOG, Visit
 
@@ -111,12 +112,16 @@ class Traces:
 
     @classmethod
     def to(cls, endpoint: str) -> "Traces":
-        """To a collector, in the background. `endpoint`: `ServerConfig.traces_url`."""
+        """To a collector, in the background. `endpoint`: `ServerConfig.traces_url`. Raises `ParameterError`."""
         log = logging.getLogger("opentelemetry")
         log.handlers[:] = LOG.handlers
         log.propagate = False
         log.setLevel(logging.ERROR)  # callers' headers that make no sense are not worth a line
-        return cls(OTLPSpanExporter(endpoint=endpoint))
+        try:
+            return cls(OTLPSpanExporter(endpoint=endpoint))
+        except Exception as error:
+            what = f"OpenTelemetry refuses its settings ({error}); see the OTEL_* variables of the environment"
+            raise ParameterError("otlp_traces_endpoint", what) from None
 
     def counts(self) -> dict[str, int]:
         """Spans by what came of them: sent, failed (the collector did not take them), dropped (the queue was full)."""
