@@ -1,23 +1,15 @@
 """The scripts a clean clone starts with."""
 
-import importlib.util
+import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.files import module_at
 
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-setup, check_source = script("setup"), script("check_source")
+setup, check_source = module_at("scripts/setup.py"), module_at("scripts/check_source.py")
 
 
 def test_an_old_python_is_told_which_to_use():
@@ -51,8 +43,59 @@ def test_a_driver_is_seen(tmp_path: Path):
 
 
 def test_a_torch_that_is_there_is_kept(capsys):
-    assert setup.install_torch(Path(sys.executable)) == setup.installed_torch(Path(sys.executable))
+    assert setup.install_torch(Path(sys.executable), []) == setup.installed_torch(Path(sys.executable))
     assert "keeping torch" in capsys.readouterr().err
+
+
+LISTED = r"""
+:env:.find-links='/wheels /more'
+:env:.disable-pip-version-check='1'
+download.index-url='https://download.example/simple'
+global.cert='/a.crt'
+global.extra-index-url='\nfile:///one/simple\nfile:///two/simple'
+global.find-links='/not/these'
+global.index-url='https://global.example/simple'
+install.index-url='https://user:word@install.example/simple'
+"""
+
+
+def test_uv_is_told_of_pips_settings():
+    made = setup.uv_environment(setup.pip_settings(LISTED))
+    assert made == {
+        "UV_DEFAULT_INDEX": "https://user:word@install.example/simple",
+        "UV_INDEX": "file:///one/simple file:///two/simple",
+        "UV_FIND_LINKS": "/wheels,/more",
+        "SSL_CERT_FILE": "/a.crt",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+    }
+
+
+@pytest.mark.parametrize(
+    ("listed", "uv", "commands", "said"),
+    [
+        (LISTED, True, ["uv", "python"], ""),
+        (LISTED, False, ["python"], "uv cannot be had here"),
+        ("global.no-binary='numpy'", True, ["python"], "uv has no word for pip's no-binary"),
+    ],
+)
+def test_uv_goes_first_where_it_can(monkeypatch, capsys, tmp_path, listed, uv, commands, said):
+    monkeypatch.setattr(setup.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listed.encode()))
+    monkeypatch.setattr(setup.subprocess, "call", lambda *_, **__: 0 if uv else 1)
+    found = setup.find_installers(tmp_path / "python")
+    assert [Path(command[0]).name for command, _ in found] == commands
+    assert said in capsys.readouterr().err
+    assert ("UV_INDEX" in found[0][1]) == (commands[0] == "uv")
+
+
+def test_where_uv_fails_pip_goes_on(capfd):
+    """Each of the attempts with the one, then with the other; the first that works is the last."""
+    code = "import os, sys; print(sys.argv[-1], os.environ['WHO'], os.environ['MORE']); sys.exit({})"
+    ends = {"uv": "1", "pip": "sys.argv[-1] == 'a'"}
+    tools = [([sys.executable, "-c", code.format(end)], os.environ | {"WHO": who}) for who, end in ends.items()]
+    assert setup.install(tools, [["a"], ["b"], ["c"]], {"MORE": "yes"})
+    tried = capfd.readouterr().out.splitlines()
+    assert tried == ["a uv yes", "b uv yes", "c uv yes", "a pip yes", "b pip yes"]
+    assert not setup.install(tools[:1], [["a"]], {"MORE": "yes"})
 
 
 @pytest.mark.parametrize(
