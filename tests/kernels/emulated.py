@@ -1,33 +1,17 @@
 """The native products with software in place of the AMX and VNNI instructions, built for the tests."""
 
 import hashlib
-import importlib.util
 import os
 import platform
 import tempfile
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from unittest import mock
 
 import pytest
-import setuptools
 
 from liushui.kernels.native import open_library
 from liushui.kernels.native_linear import NativeProducts
-
-ROOT = Path(__file__).parents[2]
-
-
-def _setup() -> ModuleType:
-    """setup.py as a module, without its setup()."""
-    spec = importlib.util.spec_from_file_location("liushui_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.object(setuptools, "setup"):
-        spec.loader.exec_module(module)
-    return module
+from tests.support.files import ROOT, module_at
 
 
 @cache
@@ -35,7 +19,7 @@ def library(units: tuple[str, ...] = ("linear",), sets: tuple[str, ...] = ("avx5
     """`_cpu.so` with instruction sets emulated; built once for each state of the sources."""
     if platform.machine().lower() not in ("x86_64", "amd64") or "avx2" not in _cpu_flags():
         pytest.skip("the emulation is made of AVX2")
-    module = _setup()
+    module = module_at("scripts/sanitize.py").load_setup()
     module.PER_INSTRUCTION_SET = units
     sources = sorted((ROOT / module.SOURCES).glob("*.*"))
     state = hashlib.sha256(b"".join(path.read_bytes() for path in [ROOT / "setup.py", *sources])).hexdigest()[:16]

@@ -1,18 +1,36 @@
 """The pool of the native kernels: each case in a process of its own, since there is one pool per process."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.kernels.conftest import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.skipif(set(IMPLEMENTATIONS) == {"torch"}, reason="the native library is not built")
-START = """
-import multiprocessing, os, resource, signal, sys, threading, time
+FORKS = """
+import json, multiprocessing, os, resource, signal, sys, threading, time, traceback
 import torch
 torch.set_num_threads(1)
 from liushui.kernels.ops import load_ops
+for line in sys.stdin:
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            exec(json.loads(line), globals())
+        except BaseException:
+            os.write(sender, traceback.format_exc().encode())
+        os._exit(0)
+    os.close(sender)
+    with open(receiver) as report:
+        said = report.read()
+    print(json.dumps([os.waitpid(child, 0)[1], said]), flush=True)
+"""
+"""torch is imported once; a case is a child that has made no pool yet."""
+START = """
 x = torch.randn(64, 2000)
 one, three = load_ops("native", 1), load_ops("native", 3)
 expected = one.gelu_new(x)
@@ -21,13 +39,20 @@ def works(ops=three, times=1):
 """
 
 
-def run(script: str) -> None:
-    command = [sys.executable, "-c", START + script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[[str], None]]:
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def case(script: str) -> None:
+            print(json.dumps(START + script), file=process.stdin, flush=True)
+            assert json.loads(process.stdout.readline()) == [0, ""]
+
+        yield case
+        process.stdin.close()
 
 
-def test_a_forked_child_has_a_pool_of_its_own() -> None:
+def test_a_forked_child_has_a_pool_of_its_own(run: Callable[[str], None]) -> None:
     run("""
 assert works()
 child = os.fork()
@@ -47,7 +72,7 @@ assert process.exitcode == 0
 """)
 
 
-def test_more_threads_than_processors_and_several_callers() -> None:
+def test_more_threads_than_processors_and_several_callers(run: Callable[[str], None]) -> None:
     run("""
 many = load_ops("native", 4 * (os.cpu_count() or 1))
 assert works(many, 20)
@@ -59,7 +84,7 @@ assert results == [True] * 4, results
 """)
 
 
-def test_quiet_when_idle() -> None:
+def test_quiet_when_idle(run: Callable[[str], None]) -> None:
     """Processor time while nothing is asked for, as a share of wall time."""
     run("""
 assert works(times=10)
@@ -75,7 +100,7 @@ assert share < 0.1, share
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "sched_setaffinity"), reason="no affinity here")
-def test_the_affinity_mask_is_kept() -> None:
+def test_the_affinity_mask_is_kept(run: Callable[[str], None]) -> None:
     run("""
 allowed = os.sched_getaffinity(0)
 cores = load_ops("native", len(allowed))
@@ -94,7 +119,7 @@ assert os.waitpid(child, 0)[1] == 0
 """)
 
 
-def test_signals_are_left_to_the_program() -> None:
+def test_signals_are_left_to_the_program(run: Callable[[str], None]) -> None:
     run("""
 assert works()
 seen = []
@@ -108,7 +133,7 @@ if sys.platform == "linux":
 """)
 
 
-def test_torch_s_threads_on_demand() -> None:
+def test_torch_s_threads_on_demand(run: Callable[[str], None]) -> None:
     """For models part of whose products are torch's."""
     run("""
 three.share_threads(with_torch=True)

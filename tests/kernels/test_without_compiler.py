@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import make_model
+
 ROOT = Path(__file__).parents[2]
 RUN = """
 import sys
+from liushui import LLM, SamplingParams
 from liushui.kernels import native
-from tests.support import tiny
-from liushui.core.request import SamplingParams
 assert str(native.__file__).startswith(sys.argv[1]), native.__file__
-runner = tiny.runner(tiny.oracle("llama-tied"))
-driver = tiny.Driver(runner)
-driver.add("a", [5, 6, 7], SamplingParams(temperature=0))
-print(len(driver.step({"a": 3}).tokens["a"]), "token")
-print(*runner.notes, sep="\\n")
+llm = LLM(sys.argv[2], kv_cache_gib=0.01, threads=1)
+answer = llm.generate("a", SamplingParams(max_tokens=1), use_tqdm=False)[0]
+print(len(answer.outputs[0].token_ids), "token")
+print(*llm.engine.executor.notes, sep="\\n")
 """
 
 
@@ -48,9 +48,9 @@ def test_it_says_why_there_is_no_library(built: Path) -> None:
     assert not list(kernels.glob("_cpu.dylib"))
 
 
-def test_it_runs_and_says_what_it_lost(built: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(built), str(ROOT)))}
-    command = [sys.executable, "-c", RUN, str(built)]
+def test_it_runs_and_says_what_it_lost(built: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RUN, str(built), str(make_model(tmp_path / "model"))]
+    environment = os.environ | {"PYTHONPATH": str(built)}
     done = subprocess.run(command, cwd=built, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "1 token" in done.stdout
