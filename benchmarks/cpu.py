@@ -133,6 +133,7 @@ def parse() -> argparse.Namespace:
     add("--contenders", default="", metavar="A,B", help="those whose name contains one of these (default: all)")
     add("--forms", default=",".join(FORMS), metavar="A,B", help="liushui's weight formats (default: %(default)s)")
     add("--requests", type=positive, default=64, help="of offline and company (default: %(default)s)")
+    add("--profile", action="store_true", help="also tell where liushui's steps spend their time")
     add("--openvino-model", metavar="FOLDER", help="the model as optimum-intel exports it; without it OpenVINO is out")
     add("--json", type=Path, metavar="OUT", help="also write everything measured to this file")
     arguments = parser.parse_args()
@@ -226,7 +227,7 @@ def measure(entries: Sequence[Entry], facts: Facts, arguments: argparse.Namespac
 
 def one_round(entry: Entry, wanted: list[str], facts: Facts, arguments: argparse.Namespace) -> dict[str, Any]:
     payload = {"kind": entry.kind, "model": entry.model, "form": entry.form, "threads": arguments.threads}
-    payload |= {"vocab_size": facts.vocab_size, "requests": arguments.requests}
+    payload |= {"vocab_size": facts.vocab_size, "requests": arguments.requests, "profile": arguments.profile}
     found: dict[str, Any] = {}
     served = [w for w in wanted if w != "startup"]
     if served:
@@ -316,8 +317,25 @@ def report(results: dict[str, list[dict[str, Any]]], facts: Facts) -> None:
         print("\nbeside the best of the others, and the share of the floor:")
         print(table(("contender", *(name for name, _ in rates)), rows))
     for label, rounds in results.items():
+        for workload, profile in rounds[-1].get("profile", {}).items():
+            print(f"\n{label}, {workload}: {profile_table(profile)}")
+    for label, rounds in results.items():
         for note in rounds[0].get("notes", []):
             print(f"{label}: {note}")
+
+
+def profile_table(profile: dict[str, Any]) -> str:
+    """Where the time of a workload's steps went, on average over the threads."""
+    seconds, native, steps = profile["seconds"], profile["native"], max(1, profile["steps"])
+    lines = [(name, *times) for name, times in profile["parts"].items()]
+    apart = native - sum(worked + waited for _, worked, waited in lines)
+    lines += [("waking, plans", apart, 0.0), ("outside the native step", seconds - native, 0.0)]
+    rows = [
+        (name, *(f"{1e3 * time / steps:.3f}" for time in (worked, waited)), f"{(worked + waited) / seconds:.1%}")
+        for name, worked, waited in lines
+    ]
+    head = f"{profile['steps']} steps, {profile['rows']} rows, {seconds:.3f} s ({native:.3f} s in the native steps)"
+    return head + "\n" + table(("ms a step", "works", "waits", "share"), rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +62,16 @@ class Liushui(InProcess):
         self.llm = LLM(model, threads=threads, device="cpu", prefix_caching=False, weights=form)
         self.notes = self.llm.startup_report()
         self.gaps: list[float] = []
+        self.step = self.llm.engine.executor.host.whole  # type: ignore[attr-defined]
+
+    def profiled(self, work: Callable[[], float]) -> dict[str, Any]:
+        """Seconds of `work`, of its steps in the native call, and of their parts: worked, waited."""
+        if self.step is None:
+            raise SystemExit("--profile: this model does not run in whole native steps")
+        self.step.watch()
+        seconds, times = work(), self.step.times()
+        parts = {time.part: [time.worked, time.waited] for time in times.parts}
+        return {"seconds": seconds, "steps": times.steps, "rows": times.rows, "native": times.seconds, "parts": parts}
 
     def generate(self, prompts: Prompts, lengths: Sequence[int]) -> list[list[int]]:
         from liushui import SamplingParams
@@ -266,6 +276,17 @@ def run(contender: Contender, workloads: Sequence[str], load: Workload, vocab_si
     return found
 
 
+def profile(contender: Liushui, workloads: Sequence[str], load: Workload, vocab_size: int) -> dict[str, Any]:
+    """Of each workload, once more and watched: where the steps' time goes."""
+    single, prefill = [prompt_of(SINGLE_PROMPT, vocab_size, 5)], [prompt_of(PREFILL_TOKENS, vocab_size, 6)]
+    works: dict[str, Callable[[], float]] = {
+        "single": lambda: timed(contender, single, [SINGLE_OUTPUT])[0],
+        "prefill": lambda: timed(contender, prefill, [1])[0],
+        "offline": lambda: timed(contender, load.prompts, load.output_lengths)[0],
+    }
+    return {name: contender.profiled(work) for name, work in works.items() if name in workloads}
+
+
 def startup(payload: dict[str, Any]) -> None:
     """From the start of this process to the first token of a text prompt (the caller holds the clock)."""
     contender = KINDS[payload["kind"]](payload["model"], payload["form"], payload["threads"])
@@ -291,6 +312,8 @@ def main() -> None:
     try:
         load = make_workload(payload["requests"], payload["vocab_size"])
         found = run(contender, payload["workloads"], load, payload["vocab_size"])
+        if payload.get("profile") and isinstance(contender, Liushui):
+            found["profile"] = profile(contender, payload["workloads"], load, payload["vocab_size"])
         print(json.dumps(found | {"peak_mib": contender.peak_mib(), "notes": contender.notes}))
     finally:
         contender.close()

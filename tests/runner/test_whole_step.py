@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from liushui.core.request import SamplingParams
 from liushui.errors import LiushuiError
+from liushui.kernels.native_step import PARTS
 from liushui.kernels.ops import load_ops
 from liushui.runner.host import whole_step
 from liushui.runner.runner import Runner
@@ -187,3 +188,26 @@ def test_whoever_watches_the_model_sees_it_operation_by_operation() -> None:
     driver.add("a", [5, 6, 7], GREEDY)
     driver.step({"a": 3})
     assert [len(rows) for rows in watched.logits_made] == [1]
+
+
+def test_a_watched_step_tells_where_its_time_went() -> None:
+    """Each part that runs has its time, all together no more than the whole, and looking changes nothing."""
+    told = []
+    for threads in (1, 2):
+        runner = tiny.runner(tiny.oracle("llama-tied", 7), threads=threads)
+        step = runner.host.whole
+        assert step is not None
+        driver = tiny.Driver(runner)
+        driver.add("a", _prompt(40, 1), GREEDY)
+        unwatched = driver.step({"a": 30})
+        assert step.times().steps == 0
+        step.watch()
+        told.append((unwatched.tokens, driver.step({"a": 10}).tokens, driver.step({"a": 1}).tokens))
+        times = step.times()
+        assert (times.steps, times.rows) == (2, 11)
+        assert [time.part for time in times.parts] == list(PARTS)
+        worked = {time.part: time.worked for time in times.parts}
+        assert worked.pop("merge of splits") == 0
+        assert all(seconds > 0 for seconds in worked.values())
+        assert sum(time.worked + time.waited for time in times.parts) <= times.seconds
+    assert told[0] == told[1]

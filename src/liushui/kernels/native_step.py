@@ -4,6 +4,7 @@ The bits are those of the operations called one by one.
 """
 
 import ctypes
+import time
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_float, c_int, c_int32, c_int64, c_long, c_size_t, c_void_p
 from dataclasses import dataclass
@@ -14,6 +15,34 @@ from torch import Tensor
 
 MAX_WINDOWS = 4
 """Different attention windows that the layers of one model may have."""
+
+
+PARTS = (
+    "norms", "qkv product", "rotation, cache write", "attention", "merge of splits", "output product",
+    "gate and up product", "activation", "down product", "head and choice",
+)  # fmt: skip
+"""What a step's time is spent on: `StepPart` of kernels/cpu/step.h. Preparing a product's rows counts as what made
+them."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartTime:
+    """Seconds that a thread worked on one of `PARTS`, and then waited for the others, on average over the threads."""
+
+    part: str
+    worked: float
+    waited: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Where the time of steps went."""
+
+    steps: int
+    rows: int
+    seconds: float
+    """From call to return, with what is in no part: threads that wake up, plans."""
+    parts: tuple[PartTime, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +109,7 @@ class _Batch(ctypes.Structure):
         *[(name, c_void_p) for name in ("wanted", "hidden", "tokens", "memory")],
         *[(name, c_int64) for name in ("rows", "num_wanted", "num_tokens")],
         *[(name, c_int32) for name in ("num_sequences", "max_blocks")],
+        ("times", c_void_p),
     ]
 
 
@@ -122,6 +152,20 @@ class NativeStep:
         self._capacity = (0, 0)
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._tokens = torch.empty(0, dtype=torch.int32)
+        self._times: Tensor | None = None
+        self._watched = (0, 0, 0.0)
+
+    def watch(self) -> None:
+        """Measure every step from now on, from zero: some clock readings a layer for each thread."""
+        self._times = torch.zeros(self.threads, len(PARTS), 2, dtype=torch.int64)
+        self._batch.times = self._times.data_ptr()
+        self._watched = (0, 0, 0.0)
+
+    def times(self) -> StepTimes:
+        """What was measured since `watch`; nothing without it."""
+        seconds = torch.zeros(len(PARTS), 2) if self._times is None else self._times.double().mean(0) / 1e9
+        parts = zip(PARTS, seconds.tolist(), strict=True)
+        return StepTimes(*self._watched, tuple(PartTime(part, *times) for part, times in parts))
 
     def reserve(self, rows: int, num_tokens: int) -> None:
         """Work space for steps of up to `rows` rows that choose up to `num_tokens` tokens."""
@@ -167,7 +211,12 @@ class NativeStep:
         batch.block_table, batch.wanted, batch.hidden = block_table.data_ptr(), wanted.data_ptr(), hidden.data_ptr()
         batch.rows, batch.num_wanted, batch.num_tokens = rows, wanted.numel(), num_tokens
         batch.num_sequences, batch.max_blocks = sequences, max_blocks
-        if self._run(self.threads, byref(self._model), byref(batch)):
+        start = time.perf_counter()
+        wrong = self._run(self.threads, byref(self._model), byref(batch))
+        if self._times is not None:
+            steps, total, seconds = self._watched
+            self._watched = steps + 1, total + rows, seconds + time.perf_counter() - start
+        if wrong:
             raise IndexError("step: rows, positions, slots or blocks point outside the batch, the tables or the cache")
         return hidden, self._tokens[:num_tokens].tolist()
 

@@ -8,6 +8,7 @@
 #include "step.h"
 
 #include <stdlib.h>
+#include <time.h>
 
 #include "attention.h"
 #include "rows.h"
@@ -99,58 +100,90 @@ struct Step {
   int bad;
 };
 
+// One of the threads of a step, and its clock, for those who ask where the time goes.
+struct Worker {
+  int index, count;
+  int64_t *times, last;  // null: nobody asks
+
+  static int64_t now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+  }
+  void lap(int part, int waited) {
+    if (!times) return;
+    const int64_t time = now();
+    times[2 * part + waited] += time - last;
+    last = time;
+  }
+  void did(liushui::StepPart part) { lap(part, 0); }
+  // All workers have done `part`.
+  void meet(liushui::StepPart part) {
+    liushui::barrier(count);
+    lap(part, 1);
+  }
+};
+
 // Rows dealt out to the workers.
 struct Deal {
   long begin, end;
 };
-LS_INLINE Deal deal(long rows, int worker, int workers) {
-  return {rows * worker / workers, rows * (worker + 1) / workers};
-}
+LS_INLINE Deal deal(long rows, const Worker& w) { return {rows * w.index / w.count, rows * (w.index + 1) / w.count}; }
+
+// What the time of a product counts as: of making its rows, and of multiplying.
+struct Parts {
+  liushui::StepPart make, multiply;
+};
 
 // y = make(row) w^T for `rows` rows; make(row, to) writes the row's k values. Leaves without a barrier.
 template <class T, class Make>
 void product(Step<T>& step, const PackedWeight& weight, long rows, T* made, const Make& make, const Output& out,
-             int worker, int workers) {
+             Parts parts, Worker& w) {
   using namespace liushui::LS_ISA;
   const int type = step.m.type;
   const bool prepares = prepared_bytes(weight, type, rows) != 0;
   if (rows == 1) {
-    char* own = step.s.own + (size_t)worker * step.s.own_bytes;
+    char* own = step.s.own + (size_t)w.index * step.s.own_bytes;
     make(0, (T*)own);
     if (prepares) prepare_rows(weight, own, type, 0, 1, own + step.s.own_row);
-    return multiply(weight, prepares ? own + step.s.own_row : own, type, 1, out, worker, workers);
+    w.did(parts.make);
+    multiply(weight, prepares ? own + step.s.own_row : own, type, 1, out, w.index, w.count);
+    return w.did(parts.multiply);
   }
-  const Deal mine = deal(rows, worker, workers);
+  const Deal mine = deal(rows, w);
   for (long row = mine.begin; row < mine.end; row++) make(row, made + row * weight.k);
   if (prepares && mine.begin < mine.end)
     prepare_rows(weight, made, type, mine.begin, mine.end, step.s.prepared);
-  liushui::barrier(workers);
-  multiply(weight, prepares ? step.s.prepared : (char*)made, type, rows, out, worker, workers);
+  w.did(parts.make);
+  w.meet(parts.make);
+  multiply(weight, prepares ? step.s.prepared : (char*)made, type, rows, out, w.index, w.count);
+  w.did(parts.multiply);
 }
 
 // The residual stream += y, in block [first, first + rows).
 template <class T, class Make>
 void product_to_stream(Step<T>& step, const PackedWeight& weight, long first, long rows, T* made, const Make& make,
-                       int worker, int workers) {
+                       Parts parts, Worker& w) {
   const long width = step.m.hidden;
   T* stream = (T*)step.b.x + first * width;
   if (step.m.residual_scale == 1.0f) {
-    product(step, weight, rows, made, make, Output{stream, step.m.type, liushui::kAdd, width, nullptr, nullptr},
-            worker, workers);
-    return liushui::barrier(workers);
+    product(step, weight, rows, made, make, Output{stream, step.m.type, liushui::kAdd, width, nullptr, nullptr}, parts,
+            w);
+    return w.meet(parts.multiply);
   }
   T* update = (T*)step.s.update;
-  product(step, weight, rows, made, make, Output{update, step.m.type, liushui::kStore, width, nullptr, nullptr},
-          worker, workers);
-  liushui::barrier(workers);
-  const Deal mine = deal(rows * width, worker, workers);
+  product(step, weight, rows, made, make, Output{update, step.m.type, liushui::kStore, width, nullptr, nullptr}, parts,
+          w);
+  w.meet(parts.multiply);
+  const Deal mine = deal(rows * width, w);
   for (long i = mine.begin; i < mine.end; i += W) {
     const long n = mine.end - i;
     T scaled[W];
     store(scaled, load_up_to(update + i, n) * step.m.residual_scale);
     store_up_to(stream + i, load_up_to(stream + i, n) + load(scaled), n);
   }
-  liushui::barrier(workers);
+  w.did(parts.multiply);
+  w.meet(parts.multiply);
 }
 
 template <class T>
@@ -162,7 +195,7 @@ auto norm_of(const T* x, const void* weight, float eps, long width) {
 }
 
 template <class T, class K>
-void attend(Step<T>& step, long index, int worker, int workers) {
+void attend(Step<T>& step, long index, Worker& w) {
   const StepModel& m = step.m;
   const StepBatch& b = step.b;
   const StepLayer& layer = m.layers[index];
@@ -171,28 +204,31 @@ void attend(Step<T>& step, long index, int worker, int workers) {
                       (const T*)layer.q_norm, (const T*)layer.k_norm, b.rows, 1, m.num_heads, m.num_kv_heads,
                       m.head_dim, layer.rotary, m.block_size, (long)layer.max_position, (long)m.num_blocks * m.block_size,
                       layer.head_eps, 0};
-  const Deal mine = deal(b.rows, worker, workers);
+  const Deal mine = deal(b.rows, w);
   for (long row = mine.begin; row < mine.end; row++) to_cache_task<T, K>(&write, row);
   if (write.bad) __atomic_store_n(&step.bad, 1, __ATOMIC_RELAXED);
-  liushui::barrier(workers);
+  w.did(liushui::kPartCache);
+  w.meet(liushui::kPartCache);
   Attention<T, K> a = {qkv, (const K*)layer.k_cache, (const K*)layer.v_cache, layer.k_scales, layer.v_scales, (T*)step.s.mixed, b.query_start, b.seq_lens,
                     b.block_table, b.num_sequences, m.num_heads, m.num_kv_heads, m.head_dim, m.block_size,
                     b.max_blocks, (long)b.rows, (long)m.num_blocks, (m.num_heads + 2L * m.num_kv_heads) * m.head_dim,
-                    layer.scale, layer.window, workers, step.plans[index], step.partials, 0};
+                    layer.scale, layer.window, w.count, step.plans[index], step.partials, 0};
   int32_t* taken = step.taken + 2 * index;
   for (long task; (task = __atomic_fetch_add(&taken[0], 1, __ATOMIC_RELAXED)) < a.plan.num_tasks;)
     attend_task<T, K>(&a, task);
-  liushui::barrier(workers);
+  w.did(liushui::kPartAttention);
+  w.meet(liushui::kPartAttention);
   if (a.plan.num_merges) {
     for (long task; (task = __atomic_fetch_add(&taken[1], 1, __ATOMIC_RELAXED)) < a.plan.num_merges;)
       merge_task<T, K>(&a, task);
-    liushui::barrier(workers);
+    w.did(liushui::kPartMerge);
+    w.meet(liushui::kPartMerge);
   }
   if (a.bad) __atomic_store_n(&step.bad, 1, __ATOMIC_RELAXED);
 }
 
 template <class T>
-void layer_forward(Step<T>& step, long index, int worker, int workers) {
+void layer_forward(Step<T>& step, long index, Worker& w) {
   const StepModel& m = step.m;
   const StepLayer& layer = m.layers[index];
   const long hidden = m.hidden, inner = m.inner, mixed = (long)m.num_heads * m.head_dim;
@@ -202,13 +238,14 @@ void layer_forward(Step<T>& step, long index, int worker, int workers) {
     const long rows = min_of(kStepRows, step.b.rows - first);
     product(step, *layer.qkv, rows, (T*)step.s.normed,
             norm_of(x + first * hidden, layer.attention_norm, layer.attention_eps, hidden),
-            Output{(T*)step.s.qkv + first * qkv, m.type, liushui::kStore, qkv, nullptr, nullptr}, worker, workers);
-    liushui::barrier(workers);
+            Output{(T*)step.s.qkv + first * qkv, m.type, liushui::kStore, qkv, nullptr, nullptr},
+            Parts{liushui::kPartNorm, liushui::kPartQkv}, w);
+    w.meet(liushui::kPartQkv);
   }
   if (layer.k_scales)
-    attend<T, int8_t>(step, index, worker, workers);
+    attend<T, int8_t>(step, index, w);
   else
-    attend<T, T>(step, index, worker, workers);
+    attend<T, T>(step, index, w);
   for (long first = 0; first < step.b.rows; first += kStepRows) {
     const long rows = min_of(kStepRows, step.b.rows - first);
     T* values = (T*)step.s.mixed + first * mixed;
@@ -216,11 +253,12 @@ void layer_forward(Step<T>& step, long index, int worker, int workers) {
                       [=](long row, T* to) {
                         if (to != values + row * mixed) memcpy((void*)to, values + row * mixed, (size_t)mixed * sizeof(T));
                       },
-                      worker, workers);
+                      Parts{liushui::kPartOutput, liushui::kPartOutput}, w);
     product(step, *layer.gate_up, rows, (T*)step.s.normed,
             norm_of(x + first * hidden, layer.mlp_norm, layer.mlp_eps, hidden),
-            Output{step.s.gate_up, m.type, liushui::kStore, 2 * inner, nullptr, nullptr}, worker, workers);
-    liushui::barrier(workers);
+            Output{step.s.gate_up, m.type, liushui::kStore, 2 * inner, nullptr, nullptr},
+            Parts{liushui::kPartNorm, liushui::kPartGateUp}, w);
+    w.meet(liushui::kPartGateUp);
     const T* gate_up = (const T*)step.s.gate_up;
     product_to_stream(step, *layer.down, first, rows, (T*)step.s.inner,
                       [=](long row, T* to) {
@@ -228,7 +266,7 @@ void layer_forward(Step<T>& step, long index, int worker, int workers) {
                         const Activate<T> a = {gate_up + row * 2 * inner, to, 1, inner, pieces};
                         for (long piece = 0; piece < pieces; piece++) activate_task<T, kSiluMul>((void*)&a, piece);
                       },
-                      worker, workers);
+                      Parts{liushui::kPartActivation, liushui::kPartDown}, w);
   }
 }
 
@@ -271,23 +309,24 @@ void keep_best(void* context, int worker, long row, long column, const float* va
 }
 
 template <class T>
-void choose_tokens(Step<T>& step, int worker, int workers) {
+void choose_tokens(Step<T>& step, Worker& w) {
   const StepBatch& b = step.b;
   const long count = b.num_tokens;
   for (long row = 0; row < count; row++)
-    step.s.best[worker * count + row] = Best{-__builtin_inff(), INT32_MAX, 0};
+    step.s.best[w.index * count + row] = Best{-__builtin_inff(), INT32_MAX, 0};
   T* hidden = (T*)b.hidden;
   const long width = step.m.hidden;
   product(step, *step.m.head, count, hidden,
           [=](long row, T* to) {
             if (to != hidden + row * width) memcpy((void*)to, hidden + row * width, (size_t)width * sizeof(T));
           },
-          Output{nullptr, step.m.type, liushui::kHand, 0, keep_best<T>, &step}, worker, workers);
-  liushui::barrier(workers);
-  const Deal mine = deal(count, worker, workers);
+          Output{nullptr, step.m.type, liushui::kHand, 0, keep_best<T>, &step},
+          Parts{liushui::kPartHead, liushui::kPartHead}, w);
+  w.meet(liushui::kPartHead);
+  const Deal mine = deal(count, w);
   for (long row = mine.begin; row < mine.end; row++) {
     Best best = step.s.best[row];
-    for (long other = 1; other < workers; other++) {
+    for (long other = 1; other < w.count; other++) {
       const Best& more = step.s.best[other * count + row];
       best.spoiled |= more.spoiled;
       if (more.value > best.value || (more.value == best.value && more.token < best.token)) {
@@ -305,13 +344,17 @@ void step_body(void* context, int worker, int workers) {
   Step<T>& step = *(Step<T>*)context;
   const StepBatch& b = step.b;
   const long width = step.m.hidden;
-  for (long layer = 0; layer < step.m.num_layers; layer++) layer_forward(step, layer, worker, workers);
-  const Deal mine = deal(b.num_wanted, worker, workers);
+  int64_t* times = b.times ? b.times + 2L * liushui::kParts * worker : nullptr;
+  Worker w = {worker, workers, times, times ? Worker::now() : 0};
+  for (long layer = 0; layer < step.m.num_layers; layer++) layer_forward(step, layer, w);
+  const Deal mine = deal(b.num_wanted, w);
   for (long i = mine.begin; i < mine.end; i++)
     norm_of((const T*)b.x, step.m.norm, step.m.norm_eps, width)(b.wanted[i], (T*)b.hidden + i * width);
+  w.did(liushui::kPartNorm);
   if (b.num_tokens) {
-    liushui::barrier(workers);
-    choose_tokens(step, worker, workers);
+    w.meet(liushui::kPartNorm);
+    choose_tokens(step, w);
+    w.did(liushui::kPartHead);
   }
 }
 

@@ -28,6 +28,21 @@ struct StepModel {
   float logits_divisor;  // of logits, rounded again; 1: none
 };
 
+// Where a step's time goes (kernels/native_step.py has their names, in this order).
+enum StepPart : int32_t {
+  kPartNorm = 0,  // with the preparing of rows for a product
+  kPartQkv = 1,
+  kPartCache = 2,  // head norms, rotation, writing of keys and values
+  kPartAttention = 3,
+  kPartMerge = 4,  // of attention's splits
+  kPartOutput = 5,
+  kPartGateUp = 6,
+  kPartActivation = 7,  // likewise
+  kPartDown = 8,
+  kPartHead = 9,  // with the choice of tokens
+  kParts = 10,
+};
+
 struct StepBatch {
   void* x;  // [rows, hidden]: the embedded tokens; the residual stream, in place
   const int32_t *positions, *slots;
@@ -38,6 +53,7 @@ struct StepBatch {
   void* memory;           // step_bytes() of work space, 64-byte aligned
   int64_t rows, num_wanted, num_tokens;
   int32_t num_sequences, max_blocks;
+  int64_t* times;  // [threads, kParts, 2] or null: nanoseconds that each worker worked, then waited; added to
 };
 
 }  // namespace liushui
