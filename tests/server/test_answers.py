@@ -1,10 +1,13 @@
 """Answers over HTTP: the shapes, and that a stream adds up to the whole."""
 
+import json
+import time
 from typing import Any
 
 import pytest
 
 from liushui.core.request import SamplingParams
+from liushui.server.visit import LOG
 from tests.engine.scripted import ScriptedExecutor, saying
 from tests.support.serving import Running, events, running, scripted
 
@@ -248,6 +251,29 @@ def test_health_ready_metrics_debug(server: Running) -> None:
     assert "liushui_requests_running 0.0" in text
     assert "vllm:" not in text
     assert server.client.get("/debug/requests").json()["requests"] == []
+
+
+def test_debug_names_requests_as_their_clients_did() -> None:
+    """Whose X-Request-Id is known finds the request among the unfinished, and its answer's id in both."""
+    slow = ScriptedExecutor(model=lambda new, n: 40, on_step=lambda plan: time.sleep(0.005))
+    with running(scripted(slow)) as server:
+        body = {"prompt": "a", "max_tokens": 200, "n": 2, "ignore_eos": True, "stream": True}
+        with server.client.stream("POST", "/v1/completions", json=body, headers={"X-Request-Id": "mine"}) as answer:
+            lines = answer.iter_lines()  # kept: without it the connection is closed
+            first = json.loads(next(lines).removeprefix("data: "))
+            found = server.client.get("/debug/requests").json()["requests"]
+        assert [one["x_request_id"] for one in found] == ["mine", "mine"]
+        assert sorted(one["request_id"] for one in found) == [f"{first['id']}/0", f"{first['id']}/1"]
+        assert {one["state"] for one in found} == {"running"}
+
+
+def test_the_log_names_the_answer(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LOG, "propagate", True)
+    caplog.set_level("INFO", LOG.name)
+    with running(scripted()) as server:
+        answers = [server.complete(prompt, max_tokens=1).json() for prompt in ("a", ["a", "b"])]
+    lines = [record.facts for record in caplog.records if record.getMessage() == "request"]
+    assert [(line["id"], line["model"]) for line in lines] == [(answer["id"], "tiny") for answer in answers]
 
 
 @pytest.mark.parametrize("compat", ["none", "vllm"])

@@ -5,7 +5,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from typing import Any, TypeVar
@@ -35,6 +35,8 @@ class House:
     engine: ServingEngine
     keys: KeyRing
     config: ServerConfig
+    guests: dict[str, Visit] = field(default_factory=dict)
+    """The engine's name of a request -> who asked for it; unfinished ones."""
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -80,9 +82,13 @@ class House:
             async with AsyncExitStack() as stack:
                 streams = [await stack.enter_async_context(await self.engine.submit(item)) for item in requests]
                 visit.streams = streams
+                visit.facts["id"] = answer_id(streams)
+                self.guests |= {stream.request_id: visit for stream in streams}
                 visit.facts["prompt_tokens"] = sum(len(s.prepared.request.prompt_token_ids) for s in streams)
                 yield streams
         finally:
+            for stream in visit.streams:
+                self.guests.pop(stream.request_id, None)
             quota.leave(visit.facts.get("prompt_tokens", 0) + visit.facts.get("completion_tokens", 0))
 
 
@@ -137,6 +143,12 @@ def refusals(visit: Visit, names: Mapping[str, str]) -> Iterator[None]:
             level = logging.WARNING if isinstance(error, ModelError) else logging.DEBUG
             LOG.log(level, "refused", extra={"facts": {"request_id": visit.request_id, "why": str(error)}})
         raise refusal(error, names) from None
+
+
+def answer_id(streams: list[AnswerStream]) -> str:
+    """The `id` of the answer that these prompts get."""
+    name = streams[0].request_id
+    return name if len(streams) == 1 else name.rpartition("-")[0]
 
 
 def new_id(kind: str) -> str:

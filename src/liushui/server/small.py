@@ -84,7 +84,10 @@ async def debug_requests(house: House, request: Request) -> Response:
     """Who waits and why, who runs; no text. With `ready` and why not."""
     found = house.engine.ready()
     gauges = asdict(house.engine.stats().gauges)
-    views = [asdict(view) for view in await house.engine.requests()]
+    views = []
+    for view in await house.engine.requests():
+        guest = house.guests.get(view.request_id.partition("/")[0])
+        views.append(asdict(view) | {"x_request_id": None if guest is None else guest.request_id})
     return JsonResponse({"ready": found.ready, "why": found.why, "now": gauges, "requests": views})
 
 

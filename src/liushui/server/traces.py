@@ -104,12 +104,11 @@ def _answered(
     visit: Visit, streams: list[AnswerStream], outputs: Sequence[RequestOutput | None]
 ) -> dict[str, Value | None]:
     """What came of it, over all prompts."""
-    name = streams[0].request_id
     known = [output for output in outputs if output is not None]
     answers = [answer for output in known for answer in output.outputs]
     reasons = [str(answer.finish_reason) for answer in answers if answer.finish_reason is not None]
     return {
-        "gen_ai.response.id": name if len(streams) == 1 else name.rpartition("-")[0],
+        "gen_ai.response.id": visit.facts.get("id"),
         "gen_ai.response.model": visit.facts.get("model"),
         "gen_ai.response.finish_reasons": reasons or None,
         "gen_ai.usage.input_tokens": sum(len(s.prepared.request.prompt_token_ids) for s in streams),

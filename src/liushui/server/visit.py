@@ -38,7 +38,7 @@ class Visit:
     streams: list[AnswerStream] = field(default_factory=list)
     """Its prompts, once they are accepted."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """model, tokens, finish reasons: what the endpoint knows."""
+    """model, the answer's id, tokens, finish reasons: what the endpoint knows."""
 
     def record(self) -> dict[str, Any]:
         """The line of log."""
