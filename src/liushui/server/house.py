@@ -60,6 +60,11 @@ class House:
             message = f"{name!r} is not served here; what is: {', '.join(names)}"
             raise ApiError(404, "model_not_found", message, param="model")
 
+    def check_room(self, visit: Visit) -> None:
+        """Before the body is read. Raises `ApiError` 503."""
+        with refusals(visit, {}):
+            self.engine.check_room()
+
     def greet(self, request: Request, visit: Visit, body: Generation) -> None:
         """What comes before the work. Raises `ApiError`."""
         visit.request_id = body.request_id or visit.request_id
