@@ -1,4 +1,4 @@
-"""What clients send that are not installed here, as their sources write it: Open WebUI and GuideLLM."""
+"""What clients send, as their sources write it, in versions that are not installed here: Open WebUI, GuideLLM, lm-eval."""
 
 import json
 from collections.abc import Iterator
@@ -117,6 +117,24 @@ def test_open_webui(server: Running) -> None:
 )
 def test_fields_that_ask_for_nothing(server: Running, fields: dict[str, Any]) -> None:
     assert server.chat(max_tokens=2, **fields).status_code == 200
+
+
+def test_lm_eval_chat(server: Running) -> None:
+    """local-chat-completions, the versions that write a type into every message."""
+    body = {
+        "messages": [{"role": "system", "content": "be kind", "type": "text"}, HELLO | {"type": "text"}],
+        "model": "tiny",
+        "max_tokens": 5,
+        "temperature": 0,
+        "stop": ["\n\n"],
+        "seed": 1234,
+    }
+    answer = server.post("/v1/chat/completions", body).json()
+    same = server.post("/v1/chat/completions", body | {"messages": [{"role": "system", "content": "be kind"}, HELLO]})
+    assert answer["choices"] == same.json()["choices"]
+    assert answer["choices"][0]["message"]["content"]
+    wrong = server.post("/v1/chat/completions", body | {"messages": [HELLO | {"type": "image"}]}).json()["error"]
+    assert wrong["param"] == "messages[0].type"
 
 
 def test_an_answer_goes_back_as_it_came(server: Running) -> None:

@@ -59,6 +59,8 @@ class Message(BaseModel):
     tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOL_CALLS)] | None = None
     tool_call_id: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     reasoning_content: str | None = None
+    type: Literal["text", "message"] | None = None
+    """Says nothing new; some clients (lm-eval) write it."""
     refusal: None = None
     audio: None = None
     function_call: None = None
