@@ -1,4 +1,4 @@
-"""What clients send, as their sources write it, in versions that are not installed here: Open WebUI, GuideLLM, lm-eval."""
+"""What clients that are not installed here send, as their sources write it: Open WebUI, GuideLLM, an older lm-eval."""
 
 import json
 from collections.abc import Iterator
