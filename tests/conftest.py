@@ -2,21 +2,53 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 # Torch's worker threads spin between operations; on a busy test machine that starves the neighbours.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Libraries that would ask a hub, or load their newest list of prices, take what is here.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 # Without a GPU, Triton's kernels run in its interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, register_random, settings
 
 # A job that a shell starts in the background ignores interrupts, and its children with it; tests send some.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-settings.register_profile("liushui", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# What lands is judged by the same examples every time; developers' runs look for new ones.
+settings.register_profile(
+    "liushui", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("liushui")
+
+
+class TorchRandom:
+    """torch's generator as the `random` module has it, for tests in which torch has been imported."""
+
+    def seed(self, value: int) -> None:
+        if "torch" in sys.modules:
+            sys.modules["torch"].manual_seed(value)
+
+    def getstate(self) -> Any:
+        return sys.modules["torch"].get_rng_state() if "torch" in sys.modules else None
+
+    def setstate(self, state: Any) -> None:
+        if state is not None:
+            sys.modules["torch"].set_rng_state(state)
+
+
+TORCH_RANDOM = TorchRandom()
+register_random(TORCH_RANDOM)  # seeded for each of Hypothesis's examples
+
+
+@pytest.fixture(autouse=True)
+def _the_same_numbers_whatever_ran_before() -> None:
+    TORCH_RANDOM.seed(0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
