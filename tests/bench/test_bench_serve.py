@@ -160,6 +160,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_without_an_answer_fails() -> None:
+    with running(scripted()) as server:
+        command = ["bench", "serve", "--base-url", f"{server.url}/v1", "--rate", "inf", "--num-prompts", "2"]
+        done = CliRunner().invoke(app, [*command, "-m", "another"])
+    assert done.exit_code == 1
+    assert "0 of 2 requests answered" in done.output
+    assert "the first that failed: HTTP 404: " in done.output
+    assert "'another' is not served here; what is: tiny" in done.output
+
+
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", "serve", "--dataset", str(tmp_path / "none")])
     assert done.exit_code == 2

@@ -79,6 +79,10 @@ def serve(
     if picture is not None:
         plot(report, picture)
         note(f"picture: {picture}")
+    if (wrong := next((item.error for item in report.seen if not item.ok), None)) is not None:
+        note(f"the first that failed: {wrong}")
+    if not report.good:
+        raise typer.Exit(1)
 
 
 class _Told:

@@ -221,7 +221,7 @@ class InputProcessor:
                 raise CapacityError("min_tokens", self._too_many(params.min_tokens, num_prompt, room, "lower it"))
             return room
         if wanted > room:
-            advice = f"ask for at most {room:,}, or for None (as many as fit)"
+            advice = f"ask for at most {room:,}"
             raise CapacityError("max_tokens", self._too_many(wanted, num_prompt, room, advice))
         return wanted
 

@@ -32,6 +32,7 @@ from liushui.server.schema.common import Body
 from liushui.server.schema.completions import CompletionRequest
 from liushui.server.schema.tokenize import DetokenizeRequest, TokenizeRequest
 from liushui.server.settings import ServerConfig
+from liushui.server.traces import OPERATIONS
 from liushui.server.visit import Visit
 from liushui.server.wire import GONE, ClientGoneError, JsonResponse, visit_of
 
@@ -142,7 +143,7 @@ def _add_errors(app: FastAPI) -> None:
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101
         code, message = {
-            404: ("not_found", "there is no such path here"),
+            404: ("not_found", f"there is no such path here; answers are at {' and '.join(OPERATIONS)}"),
             405: ("method_not_allowed", f"{request.method} is not for this path"),
         }.get(error.status_code, ("http_error", "this request cannot be answered"))
         return await api_error(request, ApiError(error.status_code, code, message, headers=error.headers))

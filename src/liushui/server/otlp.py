@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from opentelemetry.context import Context
@@ -149,19 +149,19 @@ class Traces:
         for send in list(self._late.values()):
             send()
         loop = asyncio.get_running_loop()
-        done = loop.create_future()
+        done = asyncio.Event()
 
         def shut_down() -> None:
             self._provider.shutdown()
             with suppress(RuntimeError):  # nobody waits any more
-                loop.call_soon_threadsafe(lambda: done.done() or done.set_result(None))
+                loop.call_soon_threadsafe(done.set)
 
         threading.Thread(target=shut_down, name="last-spans", daemon=True).start()
-        await asyncio.wait({done}, timeout=seconds)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(done.wait(), seconds)
         counts = self.counts() | {"unsent": self._queue.unsent}
-        LOG.log(
-            logging.WARNING if counts["sent"] < sum(counts.values()) else logging.INFO, "traces", extra=_facts(counts)
-        )
+        level = logging.WARNING if counts["sent"] < sum(counts.values()) else logging.INFO
+        LOG.log(level, "traces", extra=_facts(counts))
 
     def _send(self, visit: Visit, end: float) -> None:
         """No request may fail for its span."""
@@ -193,7 +193,7 @@ class Traces:
             LOG.warning("spans_lost", extra=_facts(self.counts()))
 
 
-def _facts(facts: dict[str, object] | dict[str, int]) -> dict[str, object]:
+def _facts(facts: Mapping[str, object]) -> dict[str, object]:
     return {"facts": facts}
 
 
