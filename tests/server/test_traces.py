@@ -2,14 +2,18 @@
 
 import http.server
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -354,6 +358,44 @@ def test_the_end_sends_what_is_left(collector: Collector, monkeypatch: pytest.Mo
     assert values["gen_ai.response.id"].string_value == answer.json()["id"]
     assert values["gen_ai.usage.output_tokens"].int_value == 3
     assert traces.counts() == {"sent": 4, "failed": 0, "dropped": 0}
+
+
+SERVER_OF_ITS_OWN = """
+import sys
+from liushui.server.run import main
+from liushui.server.settings import ServerConfig
+from tests.support.serving import scripted
+
+config = ServerConfig(port=0, otlp_traces_endpoint=sys.argv[1], log_format="json")
+main(scripted, config, lambda address: print(address, flush=True))
+"""
+
+
+def test_a_signal_to_stop_sends_what_is_left(collector: Collector) -> None:
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"OTEL_BSP_SCHEDULE_DELAY": "60000", "OTEL_SERVICE_NAME": "by-variable"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER_OF_ITS_OWN, collector.url],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert httpx.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert len(collector.spans()) == 4
+    assert b"by-variable" in collector.bodies[0]  # the SDK's variables are the SDK's business
+    lines = [json.loads(line) for line in log.splitlines()]
+    said = next(line for line in lines if line["event"] == "traces")
+    assert (said["level"], said["sent"], said["unsent"]) == ("info", 4, 0)
 
 
 def test_no_collector_harms_nothing(log: pytest.LogCaptureFixture) -> None:
