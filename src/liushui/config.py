@@ -138,13 +138,16 @@ class ServingConfig:
     """Seconds in the queue that count as one step of priority, so that nobody starves."""
     stall: float = 60.0
     """Seconds without a step, though there is work, until the engine calls itself not ready."""
+    hang_timeout: float = 120.0
+    """Seconds in which an engine process that has work neither finishes a step nor computes, until it is killed and
+    started again as if it had died. One that computes may take ten times as long."""
 
     def validate(self) -> "ServingConfig":
         for name in ("max_queue_requests", "max_queue_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ParameterError(name, f"must be a positive integer, got {value!r}")
-        for name in ("timeout", "ageing", "stall"):
+        for name in ("timeout", "ageing", "stall", "hang_timeout"):
             value = getattr(self, name)
             none = value is None and name == "timeout"
             if not none and not (isinstance(value, int | float) and 0 < value < 1e9):

@@ -1,8 +1,10 @@
 """The face for servers, with a scripted model on a thread and in a process of its own: same answers, nobody waits."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,14 +25,27 @@ LONG = SamplingParams(max_tokens=60, seed=3, ignore_eos=True)
 KINDS = ["thread", "process"]
 
 
-def in_process(maker: str = "make", **serving: Any) -> InProcessEngine:
-    settings = ServingConfig(**serving)
+def in_process(maker: str = "make", model: Any = None, **serving: Any) -> InProcessEngine:
+    config, settings = configured(model), ServingConfig(**serving)
     core = getattr(cores, maker)
-    return InProcessEngine(CONFIG, settings, core=lambda: core(CONFIG, settings), text=cores.text)
+    return InProcessEngine(config, settings, core=lambda: core(config, settings), text=cores.text)
 
 
-def apart(maker: str = "make", **serving: Any) -> ProcessEngine:
-    return ProcessEngine(CONFIG, ServingConfig(**serving), maker=f"tests.engine.cores:{maker}", text=cores.text)
+def apart(maker: str = "make", model: Any = None, **serving: Any) -> ProcessEngine:
+    settings = ServingConfig(**serving)
+    return ProcessEngine(configured(model), settings, maker=f"tests.engine.cores:{maker}", text=cores.text)
+
+
+def configured(model: Any) -> EngineConfig:
+    return CONFIG if model is None else replace(CONFIG, model=str(model))
+
+
+@pytest.fixture
+def steps(tmp_path: Path) -> Iterator[cores.Steps]:
+    """For `make_gated`, whose model is `tmp_path / "steps"`. Open in the end: nobody waits for ever."""
+    held = cores.Steps(tmp_path / "steps")
+    yield held
+    held.open()
 
 
 @asynccontextmanager
@@ -39,7 +54,7 @@ async def up(engine: Any) -> AsyncIterator[Any]:
     await engine.start()
     try:
         yield engine
-        assert await engine.drain(20)
+        assert await engine.drain(100)
         assert engine._answers == engine._ids == engine._tickets == {}
         assert (engine._queue.requests, engine._queue.tokens) == (0, 0)
         core = getattr(engine._link, "core", None)
@@ -53,7 +68,12 @@ async def up(engine: Any) -> AsyncIterator[Any]:
 
 
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(work(), 60))
+    asyncio.run(asyncio.wait_for(work(), 200))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.002)
 
 
 def ask(prompt: list[int], params: SamplingParams = LONG, **more: Any) -> ServeRequest:
@@ -107,16 +127,24 @@ def test_answers_are_those_of_the_offline_engine(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [in_process, apart])
-def test_a_stop_string_ends_the_sequence_over_there(kind: Any) -> None:
-    """Found here; the loop hears of it, and computes at most a few steps that nobody sees."""
+def test_a_stop_string_ends_the_sequence_over_there(kind: Any, steps: cores.Steps, tmp_path: Path) -> None:
+    """Found here; the loop hears of it, and computes no step more than the one in flight."""
 
     async def work() -> None:
-        async with up(kind("make_slow")) as engine:
+        async with up(kind("make_gated", tmp_path / "steps")) as engine:
             params = SamplingParams(max_tokens=100, seed=4, stop=[chr(i) for i in range(97, 123)], ignore_eos=True)
-            output, _ = await whole(engine, ask([7, 8], params))
+            stream = await engine.submit(ask([7, 8], params, stream=True))
+            live = stream.live.answers[0].answer
+            for number in range(1, 90):  # each step waits until we have heard of the one before
+                steps.let(number)
+                await until(lambda number=number: len(live.output.token_ids) >= number or live.closed)
+                if live.closed:
+                    break
+            steps.open()
+            output = (await _to_the_end(stream))[-1]
             assert output.outputs[0].finish_reason is FinishReason.STOP
-            assert len(output.outputs[0].token_ids) < 90
-            assert engine.stats().counters["wasted_tokens"] <= 3
+            assert len(output.outputs[0].token_ids) == number < 90
+            assert engine.stats().counters["wasted_tokens"] <= 1
             assert output.timings.finished is not None
 
     run(work)
@@ -139,12 +167,18 @@ def test_a_process_has_another_interpreter() -> None:
 
 @pytest.mark.parametrize("kind", [in_process, apart])
 @pytest.mark.parametrize("how", ["aclose", "cancel", "abort", "with"])
-def test_who_leaves_costs_no_step_more_than_the_one_in_flight(kind: Any, how: str) -> None:
+def test_who_leaves_costs_no_step_more_than_the_one_in_flight(
+    kind: Any, how: str, steps: cores.Steps, tmp_path: Path
+) -> None:
+    """The fourth step is under way when we leave; the fifth never comes."""
+
     async def work() -> None:
-        async with up(kind("make_slow")) as engine:
+        async with up(kind("make_gated", tmp_path / "steps")) as engine:
             stream = await engine.submit(ask([5], LONG, stream=True, request_id="mine"))
-            for _ in range(3):
-                await anext(stream)
+            steps.let(3)
+            seen = 0
+            while seen < 3:
+                seen += len((await anext(stream)).token_ids)
             if how == "aclose":
                 await stream.aclose()
             elif how == "with":
@@ -152,20 +186,20 @@ def test_who_leaves_costs_no_step_more_than_the_one_in_flight(kind: Any, how: st
                     pass
             elif how == "cancel":
                 reader = asyncio.create_task(_to_the_end(stream))
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(0)
                 reader.cancel()
                 await asyncio.gather(reader, return_exceptions=True)
             else:
                 assert await engine.abort("mine")
+            steps.open()
+            if how == "abort":
                 *_, output = [news async for news in stream]
                 assert (output.error_code, output.outputs[0].finish_reason) == ("aborted", FinishReason.ABORT)
             await engine._emptied()
             assert not await engine.abort("mine")
             assert engine.stats().finished == {"abort": 1}
-            # Two: the step in flight, and one that may have been on its way when we left.
-            assert engine.stats().counters["wasted_tokens"] <= 2
-            await asyncio.sleep(0.05)
-            assert engine.stats().gauges.running == 0
+            assert engine.stats().counters["wasted_tokens"] <= 1
+            await until(lambda: engine.stats().gauges.running == 0)
 
     run(work)
 
@@ -224,8 +258,9 @@ def test_a_full_queue_says_when_to_come_back() -> None:
                 await engine.submit(ask([99]))
             assert refused.value.reason == "queue_requests"
             assert 1.0 <= refused.value.retry_after <= 300.0
+            waiting = engine._queue.requests
             await streams[-1].aclose()  # one leaves the queue, one may join
-            await asyncio.sleep(0.1)
+            await until(lambda: engine._queue.requests < waiting)
             streams[-1] = await engine.submit(ask([98]))
             for stream in streams:
                 assert (await _to_the_end(stream))[-1].error is None
@@ -296,21 +331,31 @@ def test_refusals_name_the_field_and_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", [in_process, apart])
-def test_deadlines_end_the_running_and_the_waiting(kind: Any) -> None:
+def test_deadlines_end_the_running_and_the_waiting(
+    kind: Any, steps: cores.Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One has some tokens when its time is over, one none: its place comes too late."""
+    monkeypatch.setattr("liushui.engine.async_engine._GRACE", 100.0)  # the loop itself is to find out
+
     async def work() -> None:
-        async with up(kind("make_slow")) as engine:
-            forever = [asyncio.create_task(whole(engine, ask([n], LONG))) for n in range(5, 8)]
-            late = asyncio.create_task(whole(engine, ask([8], LONG, timeout=0.15, stream=True)))
-            await asyncio.sleep(0.02)
-            queued = await engine.submit(ask([9], LONG, timeout=0.1))
-            output, deltas = await late
+        async with up(kind("make_gated", tmp_path / "steps")) as engine:
+            loop = asyncio.get_running_loop()
+            forever = [await engine.submit(ask([n], LONG)) for n in range(5, 8)]
+            late = await engine.submit(ask([8], LONG, timeout=2.0, stream=True))
+            queued = await engine.submit(ask([9], LONG, timeout=1.0))
+            passed = loop.time() + 2.0
+            steps.let(3)
+            first = await anext(late)
+            await until(lambda: loop.time() > passed)
+            steps.open()
+            *deltas, output = [first, *await _to_the_end(late)]
             assert (output.error_code, output.outputs[0].finish_reason) == ("timeout", FinishReason.TIMEOUT)
             assert 0 < len(output.outputs[0].token_ids) < 60
             assert deltas[-1].finish_reason is FinishReason.TIMEOUT
             assert deltas[-1].error == "its deadline has passed"
             (waited,) = await _to_the_end(queued)
             assert (waited.error_code, waited.outputs[0].token_ids) == ("timeout", [])
-            assert [output.error for output, _ in await asyncio.gather(*forever)] == [None] * 3
+            assert [(await _to_the_end(stream))[-1].error for stream in forever] == [None] * 3
 
     run(work)
 
@@ -342,7 +387,7 @@ def test_tenants_share_and_see_who_waits() -> None:
         async with up(in_process("make_slow")) as engine:
             flood = [await engine.submit(ask([n], LONG, tenant="a")) for n in range(20)]
             guest = await engine.submit(ask([77], LONG, tenant="b", priority=3, timeout=50))
-            await asyncio.sleep(0.05)
+            await until(lambda: engine.stats().gauges.running == 4)
             views = {view.request_id: view for view in await engine.requests()}
             assert views[flood[0].request_id].state == "running"
             assert views[guest.request_id].tenant == "b"
@@ -414,24 +459,26 @@ def test_drain_finishes_what_is_there_and_refuses_what_is_new(kind: Any) -> None
     run(work)
 
 
-def test_drain_gives_up_after_its_time() -> None:
+def test_drain_gives_up_after_its_time(steps: cores.Steps, tmp_path: Path) -> None:
     async def work() -> None:
-        engine = in_process("make_slow")
+        engine = in_process("make_gated", tmp_path / "steps")
         await engine.start()
         stream = await engine.submit(ask([5], LONG, stream=True))
         assert not await engine.drain(0.05)
         output = (await _to_the_end(stream))[-1]
         assert output.error_code == "aborted"
+        steps.open()
         await engine.close()
 
     run(work)
 
 
-def test_a_text_that_cannot_be_made_is_an_error_of_that_request() -> None:
+def test_a_text_that_cannot_be_made_is_an_error_of_that_request(steps: cores.Steps, tmp_path: Path) -> None:
     async def work() -> None:
-        async with up(in_process("make_slow")) as engine:
+        async with up(in_process("make_gated", tmp_path / "steps")) as engine:
             other = asyncio.create_task(whole(engine, ask([6], LONG)))
             stream = await engine.submit(ask([5], LONG, stream=True))
+            steps.let(2)
             await anext(stream)
 
             class Broken:
@@ -441,6 +488,7 @@ def test_a_text_that_cannot_be_made_is_an_error_of_that_request() -> None:
                 flush = push
 
             stream.live.answers[0].answer._stream = Broken()
+            steps.open()
             output = (await _to_the_end(stream))[-1]
             assert "no such character" in output.error
             assert (output.error_code, output.outputs[0].finish_reason) == ("model_error", FinishReason.ERROR)

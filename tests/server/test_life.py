@@ -21,10 +21,10 @@ from liushui.config import ServingConfig
 from liushui.errors import Overloaded
 from tests.cli.conftest import make_model
 from tests.engine.scripted import ScriptedExecutor
-from tests.support.serving import Running, events, running, scripted, tiny_engine
+from tests.support.serving import Running, events, running, scripted
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it does not happen"
@@ -79,9 +79,13 @@ def metrics(server: Running) -> str:
     return "\n".join(line for line in server.client.get("/metrics").text.splitlines() if "/v1/completions" in line)
 
 
-def raw_post(server: Running, body: dict[str, Any]) -> socket.socket:
+def raw_post(server: Running, body: dict[str, Any], receive_buffer: int | None = None) -> socket.socket:
+    """Ask without reading. `receive_buffer`: bytes that the system takes in for us."""
     data = json.dumps(body).encode()
-    raw = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    raw = socket.socket()
+    if receive_buffer is not None:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    raw.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     raw.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return raw
@@ -106,13 +110,18 @@ def test_a_disconnect_ends_the_request_within_a_step(stream: bool) -> None:
 
 
 def test_a_disconnect_is_in_the_log_and_the_metrics() -> None:
-    with running(scripted(ScriptedExecutor(model=lambda new, n: 40, on_step=lambda plan: time.sleep(0.01)))) as server:
-        for stream in (False, True):
+    gate = Gate()
+    with running(scripted(ScriptedExecutor(model=lambda new, n: 40, on_step=gate))) as server, gate:
+        for number, stream in enumerate((False, True), 1):
+            gate.let(2)
+            before = tokens_made(server)
             raw = raw_post(server, {"prompt": "a", "max_tokens": 200, "stream": stream, "ignore_eos": True})
-            until(lambda: tokens_made(server) > 0)
+            until(lambda before=before: tokens_made(server) == before + 2)
             raw.close()
+            until(lambda number=number: f'status="499"}} {number}.0' in metrics(server))
+            gate.open.set()
             until(lambda: nothing_left(server))
-        until(lambda: 'liushui_http_requests_total{path="/v1/completions",status="499"} 2.0' in metrics(server))
+        assert 'liushui_http_requests_total{path="/v1/completions",status="499"} 2.0' in metrics(server)
 
 
 def test_many_disconnects_leave_nothing_behind(server: Running) -> None:
@@ -137,42 +146,6 @@ def test_many_disconnects_leave_nothing_behind(server: Running) -> None:
     until(lambda: nothing_left(server))
     server.engine.engine.scheduler.check()
     assert server.complete("the fox", max_tokens=8, seed=1, logprobs=2).json()["choices"] == reference
-
-
-def test_a_slow_reader_holds_up_nobody() -> None:
-    """One client reads nothing of a long stream; others are answered, and its blocks are free when its answer ends."""
-    with running(tiny_engine(max_model_len=128)) as server:
-        slow = raw_post(
-            server, {"prompt": "a", "max_tokens": 100, "n": 4, "stream": True, "ignore_eos": True, "logprobs": 20}
-        )
-        for _ in range(3):
-            assert server.complete("the fox", max_tokens=4).status_code == 200
-        until(lambda: nothing_left(server))
-        received = b""
-        slow.settimeout(10)
-        while b"[DONE]" not in received:
-            received += slow.recv(65536)
-        slow.close()
-        assert received.count(b'"finish_reason":"length"') == 4
-
-
-def test_a_reader_that_never_reads_is_given_up() -> None:
-    executor = ScriptedExecutor(model=lambda new, n: 40)
-    with running(scripted(executor, max_model_len=100_000, num_blocks=30_000), write_timeout=0.3) as server:
-        raw = socket.socket()
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        raw.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
-        data = json.dumps(
-            {"prompt": "a", "max_tokens": 90_000, "stream": True, "ignore_eos": True, "logprobs": 3}
-        ).encode()
-        raw.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(data) + data
-        )
-        until(lambda: unfinished(server) == 1)
-        until(lambda: nothing_left(server))
-        assert tokens_made(server) < 90_000
-        raw.close()
 
 
 def test_a_crowd_gets_what_each_would_get_alone(server: Running) -> None:
@@ -257,8 +230,7 @@ def test_a_full_queue_refuses_before_it_tokenizes() -> None:
         threads = [threading.Thread(target=server.complete, args=("a",)) for _ in range(3)]
         for thread in threads:
             thread.start()
-            time.sleep(0.1)
-        until(lambda: unfinished(server) >= 2)
+        until(lambda: unfinished(server) == 3)  # the one with the seat, as far as the server knows, waits too
         encode, texts = server.engine.tokenizer.encode, []
         server.engine.tokenizer.encode = lambda text, *rest: texts.append(text) or encode(text, *rest)
         try:
@@ -272,36 +244,44 @@ def test_a_full_queue_refuses_before_it_tokenizes() -> None:
         assert 'liushui_requests_refused_total{reason="queue_requests"}' in server.client.get("/metrics").text
         gate.open.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_deadline_is_told(stream: bool) -> None:
+def test_a_deadline_is_told(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a part of the answer, its finish reason says so; with nothing of it, the status."""
-    executor = ScriptedExecutor(model=lambda new, n: 40, on_step=lambda plan: time.sleep(0.02))
-    with running(scripted(executor, max_num_seqs=1)) as server:
+    monkeypatch.setattr("liushui.engine.async_engine._GRACE", 0.1)
+    gate = Gate()
+    with running(scripted(ScriptedExecutor(model=lambda new, n: 40, on_step=gate), max_num_seqs=1)) as server, gate:
+        gate.let(3)  # its time is over before the fourth
         fields: dict[str, Any] = {"max_tokens": 200, "ignore_eos": True, "stream": stream}
-        some = server.complete("a", timeout=1.0, **fields)
+        some = server.complete("a", timeout=2.0, **fields)
         assert some.status_code == 200
         choices = events(some.text)[-1]["choices"] if stream else some.json()["choices"]
         assert choices[0]["finish_reason"] == "timeout"
-        first = threading.Thread(target=lambda: server.complete("a", timeout=3.0, **fields))
+        first = threading.Thread(target=lambda: server.complete("a", request_id="first", **fields))
         first.start()
-        until(lambda: server.engine.stats().gauges.running == 1)
-        none = server.complete("b", timeout=0.3, **fields)  # it never gets the only seat
+        until(lambda: unfinished(server) == 1)
+        none = server.complete("b", timeout=0.1, **fields)  # it never gets the only seat
         assert (none.status_code, none.json()["error"]["code"]) == (504, "timeout")
-        first.join(20)
+        (view,) = server.call(server.engine.requests())
+        server.call(server.engine.abort(view.request_id))
+        gate.open.set()
+        first.join(60)
         until(lambda: nothing_left(server))
 
 
 def test_cancelled_from_elsewhere() -> None:
-    with running(scripted(ScriptedExecutor(model=lambda new, n: 40, on_step=lambda p: time.sleep(0.01)))) as server:
+    gate = Gate()
+    with running(scripted(ScriptedExecutor(model=lambda new, n: 40, on_step=gate))) as server, gate:
+        gate.let(3)
         answers: list[Any] = []
         waiting = threading.Thread(target=lambda: answers.append(server.complete("a", max_tokens=200, ignore_eos=True)))
         waiting.start()
         until(lambda: unfinished(server) == 1)
         assert server.call(server.engine.abort(server.call(server.engine.requests())[0].request_id))
-        waiting.join(20)
+        gate.open.set()
+        waiting.join(60)
         assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (500, "aborted")
 
 
@@ -322,7 +302,7 @@ def test_the_end_waits_for_answers_under_way() -> None:
         assert server.client.get("/ready").status_code == 503
         assert server.client.get("/health").status_code == 200
         gate.open.set()
-        waiting.join(20)
+        waiting.join(60)
         choices = [chunk["choices"][0] for chunk in events(answers[0].text)]
         assert len("".join(choice["text"] for choice in choices)) == 20
         assert choices[-1]["finish_reason"] == "length"
@@ -352,11 +332,11 @@ def test_the_command_from_start_to_end(tmp_path: Path, number: int) -> None:
         answer = httpx.post(
             f"{url}/v1/chat/completions",
             json={"model": "mine", "messages": [{"role": "user", "content": "a"}], "max_tokens": 3},
-            timeout=30,
+            timeout=60,
         )
         assert answer.json()["usage"]["completion_tokens"] <= 3
         process.send_signal(number)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         assert process.stderr is not None
         assert "stopped" in process.stderr.read()
 
@@ -398,7 +378,7 @@ def test_the_engine_is_killed_under_load(tmp_path: Path) -> None:
         for thread in waiting:
             thread.join(60)
         assert [(answer.status_code, answer.json().get("choices")) for answer in answers] == [(200, whole)] * 3
-        assert httpx.get(f"{url}/ready", timeout=60).json() == {"ready": True}
+        until(lambda: httpx.get(f"{url}/ready", timeout=60).json() == {"ready": True})
         assert "liushui_engine_restarts_total 1.0" in httpx.get(f"{url}/metrics", timeout=60).text
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -409,7 +389,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     with serve_command(model, "--kv-cache-gib", "0.01") as process:
         url = address_of(process)
         body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 60}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             next(response.iter_lines())
             process.send_signal(signal.SIGTERM)
             assert process.stderr is not None
@@ -417,7 +397,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
                 if "draining" in line:
                     break
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 130
+            assert process.wait(60) == 130
 
 
 @pytest.mark.parametrize(

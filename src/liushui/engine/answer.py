@@ -1,5 +1,6 @@
 """`Answer`: one sequence's tokens on their way to the user: text, stop strings, log-probabilities."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from liushui.core.plan import TokenLogprobs
@@ -27,6 +28,8 @@ class Answer:
         include = params.include_stop_str_in_output
         self._scanner = StopScanner(stops, include=include) if stops is not None else None
         self._texts: list[str] = []
+        self._text_ends: list[int] = []
+        """Tokens that were there when each of `_texts` could be shown."""
         self._sent_texts = self._sent_tokens = 0
         self.output = CompletionOutput(index, "", [])
         if params.logprobs is not None:
@@ -61,7 +64,7 @@ class Answer:
         if reason is not FinishReason.ERROR and (scanner is None or scanner.matched is None):
             self._show(self._stream.flush(), armed=len(output.token_ids) > self.request.sampling.min_tokens)
         if scanner is not None and scanner.matched is None:
-            self._texts.append(scanner.flush())
+            self._add(scanner.flush())
         elif scanner is not None and reason in (FinishReason.STOP, FinishReason.LENGTH):
             reason, output.stop_reason = FinishReason.STOP, scanner.matched
         if reason is not FinishReason.STOP:
@@ -70,31 +73,43 @@ class Answer:
         output.finish_reason = reason
         self.closed = True
 
-    def delta(self, index: int, error: str | None = None) -> StreamDelta:
-        """What came since the last call. `index`: the request's position in the input."""
-        output, sent = self.output, self._sent_tokens
-        text = "".join(self._texts[self._sent_texts :])
-        self._sent_texts, self._sent_tokens = len(self._texts), len(output.token_ids)
+    @property
+    def unsent(self) -> bool:
+        """Whether `delta` has more to give, its end aside."""
+        return self._sent_tokens < len(self.output.token_ids) or self._sent_texts < len(self._texts)
+
+    def delta(self, index: int, error: str | None = None, most: int | None = None) -> StreamDelta:
+        """What came since the last call, or the first `most` tokens of it and their text: then the rest, and with it
+        the end, is for later calls. `index`: the request's position in the input."""
+        output, start = self.output, self._sent_tokens
+        known = len(output.token_ids)
+        end = known if most is None else min(known, start + most)
+        texts = len(self._texts) if end == known else bisect_right(self._text_ends, end, self._sent_texts)
+        text = "".join(self._texts[self._sent_texts : texts])
+        self._sent_texts, self._sent_tokens = texts, end
+        reason = output.finish_reason if end == known else None
         return StreamDelta(
             self.request.request_id,
             index,
             output.index,
             text,
-            tuple(output.token_ids[sent:]),
-            None if output.logprobs is None else tuple(output.logprobs[sent:]),
-            output.finish_reason,
-            output.stop_reason if output.finish_reason is not None else None,
-            error,
+            tuple(output.token_ids[start:end]),
+            None if output.logprobs is None else tuple(output.logprobs[start:end]),
+            reason,
+            output.stop_reason if reason is not None else None,
+            error if reason is not None else None,
         )
+
+    def _add(self, text: str) -> None:
+        if text:
+            self._texts.append(text)
+            self._text_ends.append(len(self.output.token_ids))
 
     def _show(self, text: str, armed: bool) -> bool:
         if self._scanner is None:
-            if text:
-                self._texts.append(text)
+            self._add(text)
             return False
-        shown = self._scanner.feed(text, armed=armed)
-        if shown:
-            self._texts.append(shown)
+        self._add(self._scanner.feed(text, armed=armed))
         self.closed = self.closed or self._scanner.matched is not None
         return self._scanner.matched is not None
 
@@ -105,14 +120,3 @@ def token_logprob(vocab: Vocabulary, found: TokenLogprobs) -> TokenLogprob:
     for rank, (token_id, logprob) in enumerate(found.top, start=1):
         entry.setdefault(token_id, Logprob(logprob, rank, vocab.token_text(token_id)))
     return entry
-
-
-def prompt_logprobs(
-    vocab: Vocabulary, num_prompt: int, found: Sequence[tuple[int, TokenLogprobs]]
-) -> list[TokenLogprob | None]:
-    """One entry per prompt token from (position, log-probabilities) pairs in any order; None where there is none,
-    as for position 0."""
-    entries: list[TokenLogprob | None] = [None] * num_prompt
-    for position, logprobs in found:
-        entries[position] = token_logprob(vocab, logprobs)
-    return entries

@@ -4,8 +4,9 @@
     readers <- text <- Told   <====
 
 If the loop dies, requests of which no reader has seen anything are sent again to the next one, under a new name: their
-answers are the same, whoever computes them. The others end with an error. Whatever happens, every request ends: a timer
-here stands behind the loop's own deadlines.
+answers are the same, whoever computes them. The others end with an error. A loop in a process of its own that hangs is
+killed (`supervision`), and so dies. Whatever happens, every request ends: a timer here stands behind the loop's own
+deadlines.
 """
 
 import asyncio
@@ -96,7 +97,6 @@ class AsyncEngine:
         self._why = "the model is being loaded"
         self._draining = False
         self._serial = self._asked = self._deaths = 0
-        self._progress = 0.0
 
     # -- life
 
@@ -179,8 +179,8 @@ class AsyncEngine:
     def ready(self) -> Readiness:
         if self._draining or self._down:
             return Readiness(False, _CLOSING if self._draining else self._why)
-        quiet = time.monotonic() - self._progress
-        if self._tickets and quiet > self.serving.stall:
+        quiet = self._link.watch.quiet
+        if quiet > self.serving.stall:
             return Readiness(False, f"no step has come back for {quiet:.0f} s, and {len(self._tickets)} requests wait")
         return Readiness(True, "")
 
@@ -290,8 +290,6 @@ class AsyncEngine:
         ticket.waits = True
         self._queue.join(ticket.num_tokens)
         self._idle.clear()
-        if len(self._tickets) == 1:
-            self._progress = time.monotonic()
         self._orders.submit.append(ticket.wire)
 
     def _strike(self, ticket: Ticket) -> None:
@@ -316,7 +314,7 @@ class AsyncEngine:
 
     def _hear(self, told: Told) -> None:
         """News of the loop, in order."""
-        now = self._progress = time.monotonic()
+        now = time.monotonic()
         self._meter.stepped(told.steps, told.house)
         self._queue.seated = told.house.running
         for seq_id in told.admitted:
@@ -446,7 +444,6 @@ class AsyncEngine:
     def _up(self, facts: Facts) -> None:
         self._settle(facts)
         self._down = self._why = ""
-        self._progress = time.monotonic()
         self._send()
 
     def _died(self, why: str) -> None:

@@ -31,6 +31,9 @@ from liushui.engine.messages import (
 
 _LOG = 20_000
 """Events and steps that the log of a server keeps."""
+BIG = 4096
+"""Log-probabilities in one message, each token counting as one more; what is more goes in several, so that none takes
+long to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,8 @@ class Attendant:
         )
         self._channel = channel
         self._told = Told()
+        self._weight = 0
+        """Log-probabilities in it."""
         self._news = False
 
     def run(self) -> None:
@@ -142,17 +147,29 @@ class Attendant:
             scheduler.num_preemptions,
             scheduler.num_hit_tokens,
         )
-        told, self._told, self._news = self._told, Told(), False
+        told, self._told, self._weight, self._news = self._told, Told(), 0, False
         self._channel.send(told)
+
+    def _weigh(self, more: int) -> None:
+        """Send what there is, if it is enough for a message."""
+        self._weight += more
+        if self._weight >= BIG:
+            self._news = True
+            self._tell()
 
     # -- what the loop tells
 
     def tokens(self, seq_id: str, token_ids: Seq[int], logprobs: Seq[TokenLogprobs]) -> bool:
         self._told.tokens.append(Tokens(seq_id, tuple(token_ids), tuple(logprobs)))
+        self._weigh(len(token_ids) + sum(len(found.top) for found in logprobs))
         return False
 
     def prompt_logprobs(self, seq_id: str, found: Seq[tuple[int, TokenLogprobs]]) -> None:
-        self._told.prompt_logprobs.append(PromptLogprobs(seq_id, tuple(found)))
+        size = max(1, BIG // 4 // (1 + max((len(one.top) for _, one in found), default=0)))
+        for start in range(0, len(found), size):
+            part = tuple(found[start : start + size])
+            self._told.prompt_logprobs.append(PromptLogprobs(seq_id, part))
+            self._weigh(sum(1 + len(one.top) for _, one in part))
 
     def ended(self, seq_id: str, reason: FinishReason, times: SequenceTimes, error: str | None) -> FinishReason:
         self._told.ended.append(Ended(seq_id, reason, times, error))

@@ -191,9 +191,10 @@ class InputProcessor:
             "stop_token_ids": params.stop_token_ids,
         }
         for name, token_ids in named.items():
-            for token_id in token_ids:
-                if not 0 <= token_id < size:
-                    raise ParameterError(name, f"must be in 0 .. {size - 1:,} (the vocabulary), got {token_id}")
+            if not token_ids or (min(token_ids) >= 0 and max(token_ids) < size):
+                continue
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < size)
+            raise ParameterError(name, f"must be in 0 .. {size - 1:,} (the vocabulary), got {wrong}")
 
     def _truncate(self, ids: list[int], keep: int | None, *, from_text: bool) -> list[int]:
         """The part of `ids` that is kept. Cut on the left, a text keeps the BOS that begins every document."""
@@ -255,7 +256,8 @@ def _integers(ids: Any) -> list[int]:
             "prompt", f"must be text, a list of token ids, or a mapping; got {ids!r:.40} ({type(ids).__name__})"
         )
     found = list(ids)
-    for i, token in enumerate(found):
+    odd = set(map(type, found)) != {int}  # a server's are not: a million of them are looked at in no time
+    for i, token in enumerate(found if odd else ()):
         if type(token) is int:
             continue
         if isinstance(token, bool) or not hasattr(token, "__index__"):

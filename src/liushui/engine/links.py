@@ -12,9 +12,11 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from liushui import errors
@@ -23,6 +25,7 @@ from liushui.engine.attendant import Attendant, Core
 from liushui.engine.loop import describe
 from liushui.engine.messages import Facts, Orders, Setup, Told
 from liushui.engine.pacing import pacer
+from liushui.engine.supervision import Watch, signs
 from liushui.errors import LiushuiError, ModelError
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ OnTold = Callable[[Told], None]
 OnDeath = Callable[[str], None]
 _GOODBYE = 5.0
 """Seconds for a process to end by itself before it is killed."""
+_TURN = 0.005
+"""Seconds that news are passed on before others have their turn on the event loop."""
 
 
 class Link(Protocol):
@@ -39,6 +44,8 @@ class Link(Protocol):
 
     restarts: bool
     """Whether `start` may be called again after a death."""
+    watch: Watch
+    """What the loop owes."""
 
     async def start(self, on_told: OnTold, on_death: OnDeath) -> Facts:
         """Bring it up. `on_death`: called once, with why, if it ends without being asked. Raises `LiushuiError`."""
@@ -59,8 +66,12 @@ class ThreadLink:
     def __init__(self, make: Callable[[], Core], serving: ServingConfig) -> None:
         self._make = make
         self._serving = serving
+        self.watch = Watch(serving.hang_timeout)
         self._orders: deque[Orders] = deque()
         self._wake = threading.Condition()
+        self._news: deque[Callable[[], None]] = deque()
+        self._hearing = False
+        """Somebody will look at the news."""
         self._thread: threading.Thread | None = None
         self.core: Core | None = None
 
@@ -73,6 +84,7 @@ class ThreadLink:
         return core.facts()
 
     def send(self, orders: Orders) -> None:
+        self.watch.sent(orders)
         with self._wake:
             self._orders.append(orders)
             self._wake.notify()
@@ -88,8 +100,7 @@ class ThreadLink:
         try:
             Attendant(core, _ThreadChannel(self), pacer(self._serving)).run()
         except BaseException as error:
-            with suppress(RuntimeError):  # the event loop may be closed
-                self._loop.call_soon_threadsafe(self._on_death, f"the engine's thread ended: {describe(error)}")
+            self._pass_on(partial(self._on_death, f"the engine's thread ended: {describe(error)}"))
             raise
 
     def take(self, wait: bool) -> list[Orders]:
@@ -101,8 +112,36 @@ class ThreadLink:
         return batches
 
     def tell(self, told: Told) -> None:
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._on_told, told)
+        self._pass_on(partial(self._heard, told))
+
+    def _pass_on(self, news: Callable[[], None]) -> None:
+        with self._wake:
+            self._news.append(news)
+            if self._hearing:
+                return
+            self._hearing = True
+        with suppress(RuntimeError):  # the event loop may be closed
+            self._loop.call_soon_threadsafe(self._hear)
+
+    # -- on the event loop
+
+    def _heard(self, told: Told) -> None:
+        self.watch.heard(told)
+        self._on_told(told)
+
+    def _hear(self) -> None:
+        """Pass on what has come, in order, for one turn; if there is more, again after the others' turn."""
+        end = time.monotonic() + _TURN
+        try:
+            while self._news:
+                self._news.popleft()()
+                if time.monotonic() >= end:
+                    break
+        finally:
+            with self._wake:
+                self._hearing = more = bool(self._news)
+            if more:
+                self._loop.call_soon(self._hear)
 
 
 class _ThreadChannel:
@@ -119,7 +158,8 @@ class _ThreadChannel:
 
 
 class ProcessLink:
-    """The loop in a process of its own, over an inherited socket; see `worker`."""
+    """The loop in a process of its own, over an inherited socket; see `worker`. One that hangs is killed: then it is
+    dead like any other."""
 
     restarts = True
 
@@ -129,6 +169,10 @@ class ProcessLink:
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._hung = ""
+        """Why it was killed."""
+        self.watch = Watch(serving.hang_timeout, lambda: signs(self.pid))
         self._lifeline = -1
 
     @property
@@ -153,6 +197,7 @@ class ProcessLink:
         except BaseException:
             await self.close()
             raise
+        self.watch.ready()
         facts = wire.facts.decode(bodies[0])
         if facts.error is not None:
             await self.close()
@@ -164,13 +209,15 @@ class ProcessLink:
         from liushui.engine import wire
 
         if self._writer is not None:
+            self.watch.sent(orders)
             self._writer.write(wire.frame(orders))
 
     async def close(self) -> None:
-        process, reading = self._process, self._reading
-        self._process = self._reading = None
-        if reading is not None:
-            reading.cancel()
+        process, tasks = self._process, (self._reading, self._watching)
+        self._process = self._reading = self._watching = None
+        for task in tasks:
+            if task is not None:
+                task.cancel()
         if self._writer is not None:
             with suppress(ConnectionError, RuntimeError):
                 self.send(Orders(close=True))
@@ -207,9 +254,20 @@ class ProcessLink:
         finally:
             theirs.close()
             os.close(lifeline)
+        self.watch.starts()
+        self._watching = asyncio.create_task(self._supervise(self._process))
         ours.setblocking(False)
         reader, self._writer = await asyncio.open_connection(sock=ours)
         return reader
+
+    async def _supervise(self, process: asyncio.subprocess.Process) -> None:
+        """Kill it if it hangs; whoever reads from it finds out."""
+        self._hung = ""
+        while not self._hung:
+            await asyncio.sleep(self.watch.period)
+            self._hung = self.watch.look()
+        with suppress(ProcessLookupError):
+            process.kill()
 
     async def _read(
         self, reader: asyncio.StreamReader, frames: "wire.Frames", on_told: OnTold, on_death: OnDeath
@@ -218,9 +276,15 @@ class ProcessLink:
 
         why = ""
         try:
+            end = time.monotonic() + _TURN
             while data := await reader.read(1 << 20):
                 for body in frames.feed(data):
-                    on_told(wire.told.decode(body))
+                    told = wire.told.decode(body)
+                    self.watch.heard(told)
+                    on_told(told)
+                    if time.monotonic() >= end:
+                        await asyncio.sleep(0)
+                        end = time.monotonic() + _TURN
         except Exception as error:  # whatever it is, nobody may wait for ever
             why = f"what it said cannot be read ({describe(error)}); "
         self._reading = None
@@ -229,6 +293,8 @@ class ProcessLink:
     async def _end(self) -> str:
         """Make sure that the process is gone; how it ended, in words."""
         process = self._process
+        if self._watching is not None:
+            self._watching.cancel()
         if process is None:
             return "it was closed"
         try:
@@ -237,6 +303,8 @@ class ProcessLink:
             with suppress(ProcessLookupError):
                 process.kill()
             code = await process.wait()
+        if self._hung:
+            return f"it was killed, because {self._hung}"
         if code >= 0:
             return f"exit code {code}"
         with suppress(ValueError):

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from liushui.core.plan import TokenLogprobs
 from liushui.core.request import FinishReason
-from liushui.engine.answer import Answer, prompt_logprobs
+from liushui.engine.answer import Answer, token_logprob
 from liushui.engine.inputs import Prepared
 from liushui.engine.loop import describe
 from liushui.engine.messages import SequenceTimes
-from liushui.engine.outputs import RequestOutput, RequestTimings
+from liushui.engine.outputs import RequestOutput, RequestTimings, TokenLogprob
 from liushui.engine.stops import StopAutomaton
 from liushui.engine.text import Vocabulary
 
@@ -47,7 +47,7 @@ class LiveRequest:
         self.request = request
         self._vocab = vocab
         self.error: str | None = None
-        self._prompt_logprobs: dict[int, TokenLogprobs] = {}
+        self._prompt_logprobs: dict[int, TokenLogprob] = {}
         stops = StopAutomaton(request.sampling.stop_strings) if request.sampling.stop_strings else None
         self.answers = [
             LiveAnswer(self, request.seq_id(index), Answer(request, index, vocab, stops))
@@ -61,13 +61,15 @@ class LiveRequest:
     def take_prompt_logprobs(self, seq_id: str, found: Sequence[tuple[int, TokenLogprobs]]) -> None:
         """Every answer computes the same prompt; the first one's count. Recomputed positions come twice."""
         if seq_id == self.answers[0].seq_id:
-            self._prompt_logprobs.update(found)
+            for position, logprobs in found:
+                if position >= self.request.prompt_logprobs_from:
+                    self._prompt_logprobs[position] = token_logprob(self._vocab, logprobs)
 
     def output(self, finished: float | None) -> RequestOutput:
         """`finished`: when the last answer ended, seconds on the engine's clock."""
         request, prepared = self.request, self.prepared
         wanted = request.sampling.prompt_logprobs is not None
-        num_prompt = len(request.prompt_token_ids)
+        positions = range(len(request.prompt_token_ids))
         return RequestOutput(
             request_id=request.request_id,
             index=prepared.index,
@@ -75,15 +77,7 @@ class LiveRequest:
             prompt_token_ids=list(request.prompt_token_ids),
             outputs=[live.answer.output for live in self.answers],
             finished=True,
-            prompt_logprobs=(
-                prompt_logprobs(
-                    self._vocab,
-                    num_prompt,
-                    [item for item in self._prompt_logprobs.items() if item[0] >= request.prompt_logprobs_from],
-                )
-                if wanted
-                else None
-            ),
+            prompt_logprobs=[self._prompt_logprobs.get(position) for position in positions] if wanted else None,
             timings=self.timings(finished),
             num_cached_tokens=max(live.times.cached_tokens for live in self.answers),
             truncated_tokens=prepared.truncated_tokens,

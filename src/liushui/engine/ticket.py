@@ -6,9 +6,13 @@ from typing import Protocol, Self
 from liushui.core.request import FinishReason, Request
 from liushui.engine.inputs import Prepared
 from liushui.engine.live import LiveAnswer, LiveRequest
-from liushui.engine.outputs import RequestOutput
+from liushui.engine.outputs import RequestOutput, StreamDelta
 from liushui.engine.serving import News
 from liushui.engine.text import Vocabulary
+
+MOST = 1024
+"""Log-probabilities in one delta, each token counting as one more. What is handed out together is written together,
+and meanwhile nobody else is served."""
 
 
 class Desk(Protocol):
@@ -21,7 +25,8 @@ class Desk(Protocol):
 
 class Ticket:
     """`AnswerStream`. Nothing is queued for a slow reader: a delta is cut from the answer when it is asked for, so that
-    what is unread is kept once, and a reader who comes late gets it in one piece."""
+    what is unread is kept once, and a reader who comes late gets it in few pieces. A piece is bounded, and before a
+    reader gets the next one of what lies ready, others have their turn; the answers of a request take turns too."""
 
     def __init__(self, desk: Desk, prepared: Prepared, wire: Request, vocab: Vocabulary) -> None:
         """`wire`: the request under the name that the loop knows, which no other attempt has."""
@@ -40,7 +45,12 @@ class Ticket:
         self.last_token: dict[int, float] = {}
         """Answer -> when its last tokens came."""
         self._desk = desk
+        self._most = max(1, MOST // (1 + (wire.sampling.logprobs or 0)))
+        """Tokens in one delta."""
         self._touched: dict[int, LiveAnswer] = {}
+        """Answers with something unread, the one that has waited longest first."""
+        self._given = 0
+        """Tokens handed out since others had a turn."""
         self._woken = asyncio.Event()
         self._over = False
 
@@ -81,22 +91,34 @@ class Ticket:
     async def __anext__(self) -> News:
         if self._over:
             raise StopAsyncIteration
-        while not self._touched and self.output is None:
-            self._woken.clear()
-            try:
+        try:
+            if self._given >= self._most:
+                self._given = 0
+                await asyncio.sleep(0)
+            while not self._touched and self.output is None:
+                self._woken.clear()
+                self._given = 0
                 await self._woken.wait()
-            except asyncio.CancelledError:
-                await self.aclose()
-                raise
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
         if self._touched:
-            live = self._touched.pop(min(self._touched))
-            self.sent = True
-            ended = live.answer.output.finish_reason
-            bad = ended in (FinishReason.ERROR, FinishReason.TIMEOUT)
-            return live.answer.delta(self.prepared.index, self.live.error if bad else None)
+            return self._piece()
         assert self.output is not None  # noqa: S101 (for the type checker)
         self._over = True
         return self.output
+
+    def _piece(self) -> StreamDelta:
+        """The next delta."""
+        index = next(iter(self._touched))
+        live = self._touched.pop(index)
+        self.sent = True
+        bad = live.answer.output.finish_reason in (FinishReason.ERROR, FinishReason.TIMEOUT)
+        delta = live.answer.delta(self.prepared.index, self.live.error if bad else None, self._most)
+        if live.answer.unsent:
+            self._touched[index] = live
+        self._given += len(delta.token_ids)
+        return delta
 
     async def aclose(self) -> None:
         if not self._over:

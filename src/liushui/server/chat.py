@@ -15,22 +15,23 @@ from liushui.errors import ModelError, ParameterError
 from liushui.server.answers import Envelope
 from liushui.server.errors import ApiError
 from liushui.server.house import House, finished, merged, new_id, refusals
-from liushui.server.logprobs import Words, by_token_id, chat_content
+from liushui.server.logprobs import Words, by_token_id, chat_content, chat_rows
 from liushui.server.params import sampling_params, serve_request
 from liushui.server.schema.chat import ChatRequest, Message
 from liushui.server.visit import LOG, Visit
-from liushui.server.wire import EventStream, JsonResponse, read_json, started, visit_of, while_connected
+from liushui.server.wire import EventStream, JsonAnswer, read_json, started, visit_of, while_connected
 
 _SHOWN_IF_NAMED = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
 async def chat_completions(house: House, request: Request) -> Response:
     visit = visit_of(request)
+    house.check_room(visit)
     body = ChatRequest.read(await read_json(request))
     house.greet(request, visit, body)
     talk = Talk(house, visit, body)
     if not body.streams:
-        return JsonResponse(await while_connected(request, talk.answer()))
+        return JsonAnswer(await while_connected(request, talk.answer()), visit)
     events = talk.chunks()
     return EventStream(await started(request, events), visit)
 
@@ -79,7 +80,7 @@ class Talk:
                 self.envelope.settle([output])
         more: dict[str, Any] = {}
         if self.body.prompt_logprobs is not None:
-            more["prompt_logprobs"] = by_token_id(self.words, output.prompt_logprobs or [])
+            more["prompt_logprobs"] = by_token_id(self.words, output.prompt_logprobs or [], self.body.prompt_logprobs)
         if self.body.return_token_ids:
             more["prompt_token_ids"] = output.prompt_token_ids
         choices = [self._choice(item) for item in output.outputs]
@@ -134,7 +135,7 @@ class Talk:
     def _choice(self, item: CompletionOutput) -> dict[str, Any]:
         logprobs = None
         if item.logprobs is not None:
-            content = chat_content(self.words, item.token_ids, item.logprobs, self.body.top or 0)
+            content = chat_rows(self.words, item.token_ids, item.logprobs, self.body.top or 0)
             logprobs = {"content": content, "refusal": None}
         choice = {
             "index": item.index,

@@ -15,9 +15,10 @@ from liushui.server.errors import ApiError
 from liushui.server.house import House, finished, merged, new_id, refusals
 from liushui.server.logprobs import LegacyLogprobs, Words, by_token_id
 from liushui.server.params import sampling_params, serve_request
+from liushui.server.pieces import Rows
 from liushui.server.schema.completions import CompletionRequest
 from liushui.server.visit import Visit
-from liushui.server.wire import EventStream, JsonResponse, read_json, started, visit_of, while_connected
+from liushui.server.wire import EventStream, JsonAnswer, read_json, started, visit_of, while_connected
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -25,11 +26,12 @@ DEFAULT_MAX_TOKENS = 16
 
 async def completions(house: House, request: Request) -> Response:
     visit = visit_of(request)
+    house.check_room(visit)
     body = CompletionRequest.read(await read_json(request))
     house.greet(request, visit, body)
     job = Completion(house, visit, body)
     if not body.streams:
-        return JsonResponse(await while_connected(request, job.answer()))
+        return JsonAnswer(await while_connected(request, job.answer()), visit)
     return EventStream(await started(request, job.chunks()), visit)
 
 
@@ -139,18 +141,18 @@ class Completion:
         if body.logprobs is not None:
             choice["logprobs"] = self._logprobs(output, item)
         if body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = by_token_id(self.words, output.prompt_logprobs or [])
+            choice["prompt_logprobs"] = by_token_id(self.words, output.prompt_logprobs or [], body.prompt_logprobs)
         if body.return_token_ids:
             choice |= {"token_ids": [] if self.silent else item.token_ids, "prompt_token_ids": output.prompt_token_ids}
         return choice | {"text": self.echoed(output.prompt, output.prompt_token_ids, output.truncated_tokens) + text}
 
-    def _logprobs(self, output: RequestOutput, item: CompletionOutput) -> dict[str, list[Any]]:
+    def _logprobs(self, output: RequestOutput, item: CompletionOutput) -> dict[str, Rows]:
         ids: list[int] = [*output.prompt_token_ids] if self.body.echo else []
         entries: list[TokenLogprob | None] = [*(output.prompt_logprobs or [])] if self.body.echo else []
         if not self.silent:
             ids += item.token_ids
             entries += item.logprobs or []
-        return self.legacy().piece(ids, entries)
+        return self.legacy().rows(ids, entries)
 
     def legacy(self) -> LegacyLogprobs:
         """The writer of one choice's arrays."""

@@ -8,11 +8,14 @@ are never the same key.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from liushui.engine.outputs import TokenLogprob
 from liushui.engine.text import Vocabulary
+from liushui.server.pieces import Rows, parts
+
+_Array = Callable[[Sequence[int], Sequence[TokenLogprob | None]], list[Any]]
 
 LOWEST = -9999.0
 """JSON has no infinities; OpenAI writes this."""
@@ -65,6 +68,11 @@ def chat_content(words: Words, token_ids: Sequence[int], entries: Sequence[Token
     ]
 
 
+def chat_rows(words: Words, token_ids: Sequence[int], entries: Sequence[TokenLogprob], top: int) -> Rows:
+    """The same of a whole answer, made while it is written."""
+    return Rows(chat_content(words, token_ids[part], entries[part], top) for part in parts(len(token_ids), top))
+
+
 class LegacyLogprobs:
     """The arrays of one choice, also piece by piece: offsets go on where the last piece ended."""
 
@@ -74,20 +82,38 @@ class LegacyLogprobs:
         self._text = vocabulary.stream(skip_special_tokens=skip_special_tokens)
         self._offset = 0
 
-    def start_at(self, offset: int) -> None:
-        """The next token begins behind this many characters."""
-        self._offset = offset
-
     def piece(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> dict[str, list[Any]]:
         """The arrays for these tokens. An entry is None where nothing predicts the token: the first of a prompt."""
-        arrays: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token_id, entry in zip(token_ids, entries, strict=True):
-            arrays["tokens"].append(self._words(token_id))
-            arrays["text_offset"].append(self._offset)
-            self._offset += len(self._text.push(token_id))
-            arrays["token_logprobs"].append(None if entry is None else number(entry[token_id].logprob))
-            arrays["top_logprobs"].append(None if entry is None else self._most_likely(token_id, entry))
-        return arrays
+        return {name: make(token_ids, entries) for name, make in self._arrays().items()}
+
+    def rows(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> dict[str, Rows]:
+        """The same of all tokens of a choice, made while they are written."""
+        places = list(parts(len(token_ids), self._top))
+
+        def array(make: _Array) -> Rows:
+            return Rows(make(token_ids[part], entries[part]) for part in places)
+
+        return {name: array(make) for name, make in self._arrays().items()}
+
+    def _arrays(self) -> dict[str, _Array]:
+        return {
+            "tokens": lambda ids, entries: [self._words(token_id) for token_id in ids],
+            "token_logprobs": lambda ids, entries: [
+                None if entry is None else number(entry[token_id].logprob)
+                for token_id, entry in zip(ids, entries, strict=True)
+            ],
+            "top_logprobs": lambda ids, entries: [
+                None if entry is None else self._most_likely(token_id, entry)
+                for token_id, entry in zip(ids, entries, strict=True)
+            ],
+            "text_offset": lambda ids, entries: [self._place(token_id) for token_id in ids],
+        }
+
+    def _place(self, token_id: int) -> int:
+        """Where the next token begins: it is this one."""
+        offset = self._offset
+        self._offset += len(self._text.push(token_id))
+        return offset
 
     def _most_likely(self, token_id: int, entry: TokenLogprob) -> dict[str, float]:
         """The most likely tokens and the chosen one, best first. Of two that are written alike the better."""
@@ -100,14 +126,16 @@ class LegacyLogprobs:
         return likely
 
 
-def by_token_id(words: Words, entries: Sequence[TokenLogprob | None]) -> list[Any]:
-    """vLLM's `prompt_logprobs`: one object per prompt token, by token id; null for the first."""
-    return [
-        None
-        if entry is None
-        else {
-            str(token_id): {"logprob": number(found.logprob), "rank": found.rank, "decoded_token": words(token_id)}
-            for token_id, found in entry.items()
-        }
-        for entry in entries
-    ]
+def by_token_id(words: Words, entries: Sequence[TokenLogprob | None], top: int) -> Rows:
+    """vLLM's `prompt_logprobs`: one object per prompt token, by token id; null for the first. Made while written."""
+    return Rows(
+        [None if entry is None else _by_token_id(words, entry) for entry in entries[part]]
+        for part in parts(len(entries), top)
+    )
+
+
+def _by_token_id(words: Words, entry: TokenLogprob) -> dict[str, dict[str, Any]]:
+    return {
+        str(token_id): {"logprob": number(found.logprob), "rank": found.rank, "decoded_token": words(token_id)}
+        for token_id, found in entry.items()
+    }

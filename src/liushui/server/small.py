@@ -38,7 +38,7 @@ async def tokenize(house: House, request: Request) -> Response:
             ids = await house.in_thread(len(text), encode)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": house.engine.info.limits.longest, "tokens": ids}
     if body.return_token_strs:
-        found["token_strs"] = [tokenizer.id_to_text(token) for token in ids]
+        found["token_strs"] = await house.in_thread(len(ids), lambda: [tokenizer.id_to_text(token) for token in ids])
     return JsonResponse(found)
 
 

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from liushui.server.errors import ApiError
+from liushui.server.pieces import pieces
 from liushui.server.visit import LOG, VISIT, Visit
 
 T = TypeVar("T")
@@ -112,14 +113,15 @@ async def started(request: Request, events: AsyncIterator[Any]) -> AsyncIterator
     return all_events()
 
 
-class EventStream(Response):
-    """Server-sent events, ended by `data: [DONE]`. `events`: JSON values; closed in any case."""
+class Written(Response):
+    """An answer in parts, each of which the client takes within `Visit.write_timeout` seconds, or is given up."""
 
-    def __init__(self, events: AsyncIterator[Any], visit: Visit) -> None:
+    headers_of_kind: tuple[tuple[bytes, bytes], ...] = ()
+
+    def __init__(self, visit: Visit) -> None:
         self.status_code = 200
         self.background = None
-        self.raw_headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
-        self._events = events
+        self.raw_headers = list(self.headers_of_kind)
         self._visit = visit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -135,7 +137,54 @@ class EventStream(Response):
             self._visit.status, self._visit.code = GONE, "client_gone"
         finally:
             await _cancel(writing, gone)
-            await self._events.aclose()  # type: ignore[attr-defined]
+            await self._close()
+
+    async def _write(self, send: Send) -> None:
+        """All of it."""
+        raise NotImplementedError
+
+    async def _close(self) -> None:
+        """Whatever happened."""
+
+    async def _send(self, send: Send, data: bytes, last: bool = False) -> None:
+        async with asyncio.timeout(self._visit.write_timeout):
+            await send({"type": "http.response.body", "body": data, "more_body": not last})
+
+
+class JsonAnswer(Written):
+    """JSON in which there may be `Rows`. A short one is written at once; a long one is made while it is written, and
+    after each piece others have their turn."""
+
+    headers_of_kind = ((b"content-type", b"application/json"),)
+
+    def __init__(self, content: Any, visit: Visit) -> None:
+        super().__init__(visit)
+        self._content = content
+
+    async def _write(self, send: Send) -> None:
+        made = pieces(self._content)
+        piece, following = next(made), next(made, None)
+        if following is None:
+            self.raw_headers.append((b"content-length", b"%d" % len(piece)))
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        while following is not None:
+            await self._send(send, piece)
+            await asyncio.sleep(0)
+            piece, following = following, next(made, None)
+        await self._send(send, piece, last=True)
+
+
+class EventStream(Written):
+    """Server-sent events, ended by `data: [DONE]`. `events`: JSON values; closed in any case."""
+
+    headers_of_kind = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no"))
+
+    def __init__(self, events: AsyncIterator[Any], visit: Visit) -> None:
+        super().__init__(visit)
+        self._events = events
+
+    async def _close(self) -> None:
+        await self._events.aclose()  # type: ignore[attr-defined]
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -151,7 +200,3 @@ class EventStream(Response):
             body = ApiError(500, "internal_error", "the answer broke off; the server's log says why").body()
             await self._send(send, b"data: " + to_json(body) + b"\n\n")
         await self._send(send, b"data: [DONE]\n\n", last=True)
-
-    async def _send(self, send: Send, data: bytes, last: bool = False) -> None:
-        async with asyncio.timeout(self._visit.write_timeout):
-            await send({"type": "http.response.body", "body": data, "more_body": not last})
