@@ -70,7 +70,8 @@ def test_served_is_offline_bit_for_bit(folder: Path) -> None:
                     continue  # whether anyone is preempted is a matter of who comes when: once is enough
                 tasks = [asyncio.create_task(one(engine, number, turn)) for number in range(len(prompts))]
                 if turn:
-                    await asyncio.sleep(0.05)
+                    while not engine.stats().gauges.running:
+                        await asyncio.sleep(0.002)
                     os.kill(engine.engine_pid, signal.SIGKILL)  # type: ignore[arg-type]
                 for output, right in zip(await asyncio.gather(*tasks), expected, strict=True):
                     assert output.error is None
@@ -93,11 +94,11 @@ def test_served_is_offline_bit_for_bit(folder: Path) -> None:
             stream=not turn and number % 2 == 0,  # who streams is not sent again
             tenant="abc"[number % 3],
             priority=number % 4,
-            timeout=60,
+            timeout=200,
         )
         return [news async for news in await engine.submit(request)][-1]
 
-    asyncio.run(asyncio.wait_for(work(), 120))
+    asyncio.run(asyncio.wait_for(work(), 250))
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

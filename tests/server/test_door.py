@@ -325,13 +325,13 @@ def test_size_of_a_body() -> None:
 
 
 def test_a_body_that_does_not_come() -> None:
-    with running(scripted(), body_timeout=0.2) as server:
+    with running(scripted(), body_timeout=1.0) as server:
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as raw:
             raw.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b'Content-Length: 100\r\n\r\n{"prompt"'
             )
-            raw.settimeout(10)
+            raw.settimeout(60)
             assert b" 408 " in raw.recv(1000).splitlines()[0]
         assert server.complete("a").status_code == 200
 
@@ -343,8 +343,10 @@ def test_the_log_has_one_line_and_no_text(parrot: Running, caplog: pytest.LogCap
     with caplog.at_level(logging.INFO, "liushui.server"):
         parrot.chat("the secret prompt", max_tokens=60, request_id="find-me")
         parrot.chat("the secret prompt", temperature=-1)
-        time.sleep(0.05)
-    lines = [record.facts for record in caplog.records if record.getMessage() == "request"]
+        end = time.monotonic() + 60
+        while len(lines := [one.facts for one in caplog.records if one.getMessage() == "request"]) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.005)
     assert len(lines) == 2
     assert lines[0]["request_id"] == "find-me"
     assert lines[0]["finish"] == "stop"

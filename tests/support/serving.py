@@ -51,10 +51,10 @@ class Running:
         self.url = url
         self.stop = stop
         self._loop = loop
-        self.client = httpx.Client(base_url=url, timeout=30)
+        self.client = httpx.Client(base_url=url, timeout=60)
 
     def call(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     def post(self, path: str, body: Any = None, **more: Any) -> httpx.Response:
         return self.client.post(path, json=body, **more)
@@ -91,7 +91,7 @@ def running(engine: Any, keys: KeyRing | None = None, traces: Any = None, **sett
 
     thread = threading.Thread(target=lambda: box.update(end=asyncio.run(serve())), daemon=True)
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(60)
     assert "url" in box, "the server did not start"
 
     def stop() -> None:
@@ -104,7 +104,7 @@ def running(engine: Any, keys: KeyRing | None = None, traces: Any = None, **sett
         server.client.close()
         if thread.is_alive():
             stop()
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive(), "the server did not stop"
 
 
