@@ -9,6 +9,8 @@ A step's time is taken to be linear in four numbers (`Work`):
 less. No clock here: measured seconds come in by argument.
 """
 
+from bisect import bisect_left, insort
+from collections import deque
 from typing import NamedTuple
 
 from liushui.core.plan import StepPlan
@@ -21,8 +23,17 @@ _RIDGE = 1e-6
 _SCALE = (1.0, 8.0, 64.0, 65536.0)
 """Typical sizes of the four numbers: the sums stay well conditioned."""
 FACTOR = 2.0
-"""A step with prompts may take this many times the step without, if no target was given in milliseconds: half of the
-time is for those who decode, and what a noisy machine adds still leaves the slowest steps within 3."""
+"""A step with prompts may take at most this many times the step without, if no target was given in milliseconds: half
+of the time is for those who decode."""
+LIMIT = 2.8
+"""And less where steps take longer than predicted now and then: the slowest of them too are to stay within this many
+times the step without (3 is what is promised)."""
+LEAST = 1.25
+"""But not less than this many times: prompts must get on."""
+_WINDOW = 256
+"""Steps of which it is remembered how much longer than predicted they took."""
+_SLOWEST = 0.985
+"""Quantile of these that stands for the slowest: the third of so many."""
 FLOOR = 4
 """Tokens of the first prompt that every step takes in, however late: it must not starve either. Few: on a processor
 each costs about what a decode does."""
@@ -128,14 +139,38 @@ def solve(matrix: list[list[float]], right: list[float]) -> list[float]:
     return x
 
 
+class Noise:
+    """How much longer than predicted the slowest steps take: other processes, caches, what is not linear."""
+
+    def __init__(self) -> None:
+        self._ratios: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def add(self, ratio: float) -> None:
+        """A step took so many times the predicted seconds."""
+        self._ratios.append(ratio)
+        insort(self._sorted, ratio)
+        if len(self._ratios) > _WINDOW:
+            del self._sorted[bisect_left(self._sorted, self._ratios.popleft())]
+
+    @property
+    def factor(self) -> float:
+        """How many times the step without prompts one with them may be predicted to take."""
+        if not self._sorted:
+            return FACTOR
+        slowest = self._sorted[int(_SLOWEST * len(self._sorted))]
+        return min(max(LIMIT / slowest, LEAST), FACTOR)
+
+
 class Pace(NamedTuple):
     """How far one step may go, in time. Holds only while somebody decodes in it: alone, nobody is kept waiting."""
 
     coefficients: tuple[float, ...]
     target: float | None
-    """Seconds; None: `FACTOR` times the step without prompts."""
+    """Seconds; None: `factor` times the step without prompts."""
     longest: int
     """Prompt tokens in one step that experience covers."""
+    factor: float = FACTOR
 
     def chunk(self, decoding: Work, work: Work, start: int) -> int:
         """How many tokens of a prompt, from position `start`, fit into the step beside `work`.
@@ -145,7 +180,7 @@ class Pace(NamedTuple):
             return _UNBOUNDED
         _, _, per_token, per_pair = self.coefficients
         alone = self._seconds(decoding)
-        left = (FACTOR * alone if self.target is None else self.target) - self._seconds(work)
+        left = (self.factor * alone if self.target is None else self.target) - self._seconds(work)
         fits = min(_tokens_within(left, per_token, per_pair, start), self.longest - work.prompt_tokens)
         return max(fits, 0 if work.prompt_tokens else FLOOR)
 
@@ -170,12 +205,16 @@ class Pacer:
         """`target`: seconds of the longest step while others decode. None: in proportion to the step without."""
         self.target = target
         self.cost = StepCost()
+        self.noise = Noise()
         self._longest = START
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         work = Work.of(plan)
+        predicted = self.cost.seconds(work)
+        if predicted > 0 and seconds > 0:
+            self.noise.add(seconds / predicted)
         self.cost.observe(work, seconds)
         self._longest = max(self._longest, GROWTH * work.prompt_tokens)
 
     def pace(self) -> Pace:
-        return Pace(self.cost.coefficients, self.target, self._longest)
+        return Pace(self.cost.coefficients, self.target, self._longest, self.noise.factor)
