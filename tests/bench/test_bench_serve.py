@@ -127,6 +127,29 @@ def test_what_goes_wrong_is_counted() -> None:
     assert len(found["errors"]) == 2
 
 
+def test_refusals_are_measured_apart() -> None:
+    """A 503 has a time of its own; another error has none, and an answer none either."""
+    executor = ScriptedExecutor(model=saying(SAID))
+    with running(scripted(executor)) as server:
+        target = Target(f"{server.url}/v1", "tiny", chat=False)
+        good = asyncio.run(run([Ask(0.0, "a", 5)], target))
+        server.call(drained(server.engine))
+        full = asyncio.run(run([Ask(0.0, "a", 5)] * 25, target))
+        lost = asyncio.run(run([Ask(0.0, "a", 5)], Target(f"{server.url}/v2", "tiny", chat=False)))
+    assert all(item.refused is not None and item.refused > 0 for item in full)
+    assert [item.refused for item in good + lost] == [None, None]
+    found = Report({}, [*good, *full, *lost])
+    assert found.errors() == {"HTTP 503": 25, "HTTP 404": 1}
+    assert found.as_dict()["seconds_spread"]["refused"]["p50"] > 0
+    (line,) = [line for line in found.lines() if line.startswith("refused with 503: mean")]
+    assert "(25 samples)" in line
+    assert not [line for line in Report({}, good).lines() if "503" in line]
+
+
+async def drained(engine: Any) -> None:
+    await engine.drain()
+
+
 def test_the_command(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')

@@ -29,6 +29,13 @@ class Seen:
     output_tokens: int = 0
     gaps: list[float] = field(default_factory=list)
     """Between two chunks with text."""
+    answered: float | None = None
+    """When the whole answer was there, if it was no stream but a status."""
+
+    @property
+    def refused(self) -> float | None:
+        """From when it was due until its 503 was there, if it was refused for want of room."""
+        return None if self.status != 503 or self.answered is None else self.answered - self.due
 
     @property
     def ok(self) -> bool:
@@ -102,6 +109,7 @@ async def _ask(session: Any, target: Target, ask: Ask, seen: Seen, start: float)
         seen.status = response.status
         if response.status != 200:
             seen.error = f"HTTP {response.status}: {(await response.text())[:200]}"
+            seen.answered = time.perf_counter() - start
             return
         async for line in response.content:
             if line.startswith(b"data: "):

@@ -77,12 +77,14 @@ class Report:
         return max(ends, default=0.0) - min((item.due for item in self.seen), default=0.0)
 
     def spreads(self) -> dict[str, Spread]:
-        """Seconds: TTFT and end to end from when a request was due; ITL between two chunks of an answer."""
+        """Seconds: TTFT, end to end, and refusals (503) from when a request was due; ITL between two chunks of an
+        answer."""
         good = self.good
         return {
             "ttft": Spread.of([item.ttft for item in good if item.ttft is not None]),
             "itl": Spread.of([gap for item in good for gap in item.gaps]),
             "e2e": Spread.of([item.total for item in good if item.total is not None]),
+            "refused": Spread.of([item.refused for item in self.seen if item.refused is not None]),
             "client_lateness": Spread.of([item.sent - item.due for item in self.seen]),
         }
 
@@ -129,6 +131,8 @@ class Report:
         names = {"ttft": "time to first token", "itl": "between chunks", "e2e": "end to end"}
         spreads = self.spreads()
         lines += [spreads[name].line(words) for name, words in names.items()]
+        if spreads["refused"].samples:
+            lines.append(spreads["refused"].line("refused with 503"))
         late = spreads["client_lateness"]
         if late.mean is not None and late.mean > 0.05:
             lines.append(f"the client itself was {late.mean * 1000:.0f} ms late on average: use a stronger one")
