@@ -217,6 +217,14 @@ def test_what_is_refused_says_why(traced: Traced) -> None:
     assert (root.name, root.attributes["error.type"]) == ("text_completion", "model_not_found")
 
 
+def test_a_method_that_is_made_up(traced: Traced) -> None:
+    traced.server.client.request("X" * 3000, "/v1/completions")
+    (root,) = traced.spans(1)
+    assert root.attributes["http.request.method"] == "_OTHER"
+    assert root.attributes["error.type"] == "method_not_allowed"
+    assert "XX" not in root.to_json()
+
+
 def test_only_generating_leaves_spans(traced: Traced) -> None:
     for path in ("/health", "/ready", "/metrics", "/v1/models", "/nowhere"):
         traced.server.client.get(path)

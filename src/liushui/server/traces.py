@@ -21,6 +21,8 @@ from liushui.server.visit import Visit
 
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 """Path -> gen_ai.operation.name. Other paths leave no spans."""
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
+"""Those that the conventions know: what a client makes up is not told on."""
 MAX_PROMPTS = 32
 """Prompts of one request with spans of their own."""
 MAX_HEADER = 512
@@ -64,7 +66,7 @@ def span_of(visit: Visit, end: float) -> Span:
     attributes: dict[str, Value | None] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "liushui",
-        "http.request.method": visit.method,
+        "http.request.method": visit.method if visit.method in METHODS else "_OTHER",
         "http.route": visit.path,
         "http.response.status_code": visit.status or None,
         "error.type": visit.code,
