@@ -239,6 +239,11 @@ def test_a_full_queue_refuses_before_it_tokenizes() -> None:
                 assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_requests")
                 assert int(response.headers["retry-after"]) >= 1
             assert texts == []
+            for path in ("completions", "chat/completions"):  # nor is the body waited for
+                head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), 60) as raw:
+                    raw.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode())
+                    assert raw.recv(1000).startswith(b"HTTP/1.1 503 ")
         finally:
             del server.engine.tokenizer.encode
         assert 'liushui_requests_refused_total{reason="queue_requests"}' in server.client.get("/metrics").text
