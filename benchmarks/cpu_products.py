@@ -1,10 +1,10 @@
-"""The native products alone, on SmolLM2's shapes, beside torch's: memory speed at one row, arithmetic at many.
+"""The native products alone, on SmolLM2's shapes, beside torch's: memory speed at few rows, arithmetic at many.
 
     python benchmarks/cpu_products.py [--threads 1 2] [--rows 1 64 512] [--isa amx avx512] [--seconds 0.05]
 
 Each figure is the median of passes over so many copies of the weight that none is still in a cache; the contenders of
-a row of the table take turns. One row: GB/s of packed weight (torch: of its bfloat16 weight), and the time; more rows:
-GFLOP/s. `rows` in the first line of a table are rows of x.
+a row of the table take turns. Up to 16 rows: GB/s of packed weight (torch: of its bfloat16 weight), and the time; more
+rows: GFLOP/s. `rows` in the first line of a table are rows of x. The first lines say how fast the threads read memory.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from liushui.kernels.ops import load_ops
 SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152))
 """SmolLM2-135M: inputs and outputs of its products."""
 FORMATS = ("float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
-COPIES_BYTES, FEW_BYTES = 640 * 2**20, 64 * 2**20
-"""Of the copies for one row, more than a large third-level cache; and for many rows, where it matters less."""
+COPIES_BYTES, MANY_ROWS_BYTES = 640 * 2**20, 64 * 2**20
+"""Of the copies for few rows, more than a large third-level cache; and for many rows, where it matters less."""
+FEW_ROWS = 16
 PASSES = 5
 Run = Callable[[], object]
 
@@ -49,13 +50,13 @@ class Contender:
 
     def figure(self, rows: int, inputs: int, outputs: int) -> str:
         took = median(self.seconds)
-        if rows == 1:
+        if rows <= FEW_ROWS:
             return f"{self.weight_bytes / took / 1e9:5.1f} GB/s {took * 1e6:6.0f} us"
         return f"{2 * rows * inputs * outputs / took / 1e9:8.0f}"
 
 
 def copies(rows: int, nbytes: int) -> int:
-    return max(2, (COPIES_BYTES if rows == 1 else FEW_BYTES) // nbytes)
+    return max(2, (COPIES_BYTES if rows <= FEW_ROWS else MANY_ROWS_BYTES) // nbytes)
 
 
 def native(isa: str, threads: int, kind: str, x: torch.Tensor, outputs: int) -> Contender | None:
@@ -73,13 +74,16 @@ def native(isa: str, threads: int, kind: str, x: torch.Tensor, outputs: int) -> 
     product = ops.products._product
     x = x.float() if kind == "float32" else x
     out, type_ = x.new_empty(x.shape[0], outputs), int(x.dtype is torch.bfloat16)
+    count, size = copies(x.shape[0], packed.nbytes), (packed.nbytes - 1) // 64 * 64
+    memory = torch.empty(count * size + 64, dtype=torch.uint8)
+    ops.use_huge_pages(memory)  # as the engine has them
+    start = memory.data_ptr() + (-memory.data_ptr() % 64)
     keep = []
     runs: list[Run] = []
-    for _ in range(copies(x.shape[0], packed.nbytes)):
+    for number in range(count):
         record = Record.from_buffer_copy(packed.records[0])
-        memory = packed.data.clone()
-        record.data = memory.data_ptr() + (-memory.data_ptr() % 64)
-        ctypes.memmove(record.data, packed.records[0].data, packed.nbytes - 64)
+        record.data = start + number * size
+        ctypes.memmove(record.data, packed.records[0].data, size)
         keep.append((record, memory, x, out))
         where = (x.data_ptr(), type_, x.shape[0], out.data_ptr(), type_, 0, outputs)
         runs.append(partial(product, threads, ctypes.addressof(record), *where))
@@ -94,6 +98,17 @@ def vendor(x: torch.Tensor, outputs: int) -> Contender:
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> None:
     torch.nn.functional.linear(x, weight)
+
+
+def read_speed(threads: int) -> float:
+    """GB/s of a sum over memory that no cache holds; the best of a few."""
+    torch.set_num_threads(threads)
+    memory, best = torch.ones(COPIES_BYTES // 4), 0.0
+    for _ in range(PASSES):
+        started = time.perf_counter()
+        memory.sum()
+        best = max(best, memory.nbytes / (time.perf_counter() - started) / 1e9)
+    return best
 
 
 def sets(asked: list[str] | None) -> list[str]:
@@ -117,6 +132,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.02, help="of one pass")
     args = parser.parse_args()
     isas = sets(args.isa)
+    for threads in args.threads:
+        print(f"memory, threads {threads}: {read_speed(threads):.1f} GB/s read", flush=True)
     for shape in args.shapes:
         inputs, outputs = map(int, shape.split("x"))
         for rows in args.rows:
@@ -131,7 +148,7 @@ def main() -> None:
                         contender.measure(args.seconds)
                         if contender is contenders[0]:
                             time.sleep(0.03)  # torch's threads look for more work for a while, on our cores
-                unit = "" if rows == 1 else " GFLOP/s"
+                unit = "" if rows <= FEW_ROWS else " GFLOP/s"
                 print(f"{shape} rows {rows} threads {threads}{unit}", flush=True)
                 for contender in contenders:
                     print(f"    {contender.name:18} {contender.figure(rows, inputs, outputs)}", flush=True)

@@ -31,9 +31,9 @@ def quantised(packed: np.ndarray, kind: TensorType, shape: tuple[int, int]) -> Q
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
-    """x [M, K] in int8 with a scale for each 32, as float64."""
+    """x [M, K] in 16 bits (at most 127 * 256) with a scale for each 32, as float64."""
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
     largest = padded.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0.0)
-    values = (padded * inverse).round().double() * (largest / 127).double()
+    inverse = torch.where(largest > 0, 32512 / largest, 0.0)
+    values = (padded * inverse).round().double() * (largest / 32512).double()
     return values.flatten(1)[:, : x.shape[1]]

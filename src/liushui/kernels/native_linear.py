@@ -1,7 +1,7 @@
 """The native products: weights packed once, then x @ weight.T + bias with an order of sums that ignores the batch.
 
-Integer weights (int8, 4 bits, and GGUF's blocks) stay as they are in memory. x is rounded to int8 in groups of 32, by
-itself for each row; a group's sum is exact, and groups are added in order.
+Integer weights (int8, 4 bits, and GGUF's blocks) stay as they are in memory. x is rounded to 16 bits in groups of 32,
+by itself for each row; a group's sum is exact, and groups are added in order.
 """
 
 import ctypes

@@ -67,8 +67,8 @@ class Runner:
         self.host = HostSteps(model, self.kv, plan.block_size)
         self.steps: DeviceSteps | None = None
         """Where steps run if not here: on a GPU."""
-        self.quantised = False
-        """Whether products round their rows to 8 bits, as weights in blocks ask for."""
+        self.quantised, self.in_blocks = False, False
+        """Whether weights were quantised at load, or are held in the file's blocks; products then round their rows."""
         self.depth = 0
         """Steps worth keeping in flight while the next one is planned."""
 
@@ -118,7 +118,7 @@ class Runner:
             notes.append("KV cache in int8, with a scale for each token and head: answers differ a little")
         with named_when_exhausted(device):
             runner = cls(model, shape, plan, dtype, notes, device, kv_dtype)
-        runner.quantised = form.quantise is not None or form.blocks is not None
+        runner.quantised, runner.in_blocks = form.quantise is not None, form.blocks is not None
         if ops.name == "triton":
             runner._run_on(device, ops, config)
         else:

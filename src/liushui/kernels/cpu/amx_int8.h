@@ -31,26 +31,31 @@ struct TilePanel {
   long groups;  // of the format's size
 };
 
-// The exact sums of group g. Four tiles and places take turns, so that a group need not wait for the one before.
-#define LS_FORM(c, a, b)                           \
-  do {                                             \
-    LS_TILE_ZERO(c);                               \
-    LS_TILE_LOAD(a, q, kInnerGroup);               \
-    LS_TILE_LOAD(b, w.values + g * kGroup * 16, 64); \
-    LS_TILE_INT8(c, a, b);                         \
-    LS_TILE_STORE(c, sums + c * 256, 64);          \
+// The exact sums of group g with both bytes of x, [high, low][16][16]. Two pairs of tiles and four places take turns,
+// so that a group need not wait for the one before.
+#define LS_FORM(first, second)                       \
+  do {                                               \
+    LS_TILE_ZERO(first);                             \
+    LS_TILE_ZERO(second);                            \
+    LS_TILE_LOAD(6, w.values + g * kGroup * 16, 64); \
+    LS_TILE_LOAD(4, high, kInnerGroup);              \
+    LS_TILE_INT8(first, 4, 6);                       \
+    LS_TILE_LOAD(5, low, kInnerGroup);               \
+    LS_TILE_INT8(second, 5, 6);                      \
+    LS_TILE_STORE(first, place, 64);                 \
+    LS_TILE_STORE(second, place + 256, 64);          \
   } while (0)
 
 template <int kGroup>
 LS_INLINE void form_sums(const PreparedGroup* x, const TilePanel& w, long g, int32_t* sums) {
   constexpr int kParts = kInnerGroup / kGroup;
-  const int8_t* q = x[g / kParts].values[0] + g % kParts * kGroup;
-  switch (g % 4) {
-    case 0: LS_FORM(0, 4, 6); break;
-    case 1: LS_FORM(1, 5, 7); break;
-    case 2: LS_FORM(2, 4, 6); break;
-    default: LS_FORM(3, 5, 7); break;
-  }
+  const int8_t* high = x[g / kParts].high[0] + g % kParts * kGroup;
+  const int8_t* low = x[g / kParts].low[0] + g % kParts * kGroup;
+  int32_t* place = sums + g % 4 * 512;
+  if (g % 2)
+    LS_FORM(2, 3);
+  else
+    LS_FORM(0, 1);
 }
 #undef LS_FORM
 
@@ -70,10 +75,11 @@ void tile_rows(const PreparedGroup* x, const TilePanel& w, int32_t* sums, float*
       const vf scale = F::kDirect ? load_half(half) : load(w.scales + g * 16 + c);
       const vf minimum = !F::kMinimum ? vf{} : F::kDirect ? load_half(half + 16) : load(w.minima + g * 16 + c);
       const PreparedGroup& rows = x[g / kParts];
-      const int32_t* exact = sums + g % 4 * 256 + c;
+      const int32_t *high = sums + g % 4 * 512 + c, *low = high + 256;
 #pragma GCC unroll 16
       for (int r = 0; r < H; r++) {
-        y[r] = fma(__builtin_convertvector(load_bytes(exact + r * 16), vf) * rows.scale[r], scale, y[r]);
+        const vi exact = (load_bytes(high + r * 16) << 8) + load_bytes(low + r * 16);
+        y[r] = fma(__builtin_convertvector(exact, vf) * rows.scale[r], scale, y[r]);
         if (F::kMinimum) y[r] = fma(splat(rows.shift[r]), minimum, y[r]);
       }
     }
@@ -87,11 +93,11 @@ using TileKernel = void (*)(const PreparedGroup*, const TilePanel&, int32_t*, fl
 template <int H>
 TileKernel tile_kernel(int format) {
   switch (format) {
-    case liushui::kInt4: return tile_rows<Held<Nibbles, 8, 32, false, true>, H>;
-    case liushui::kInt4Min: return tile_rows<Held<Nibbles, 0, 32, true, true>, H>;
-    case liushui::kInt4K: return tile_rows<Held<Nibbles, 0, 32, true, false>, H>;
-    case liushui::kInt6K: return tile_rows<Held<Bytes, 0, 16, false, false>, H>;
-    default: return tile_rows<Held<Bytes, 0, 32, false, true>, H>;
+    case liushui::kInt4: return tile_rows<Held<true, 8, 32, false, true>, H>;
+    case liushui::kInt4Min: return tile_rows<Held<true, 0, 32, true, true>, H>;
+    case liushui::kInt4K: return tile_rows<Held<true, 0, 32, true, false>, H>;
+    case liushui::kInt6K: return tile_rows<Held<false, 0, 16, false, false>, H>;
+    default: return tile_rows<Held<false, 0, 32, false, true>, H>;
   }
 }
 
@@ -104,9 +110,9 @@ inline void int8_multiply(const PackedWeight& w, const PreparedGroup* x, long ro
   if (share.begin == share.end) return;
   const bool direct = scales_direct(w.format);
   const long values = f.nibbles ? inner * 512 : 0, floats = direct ? 0 : 2 * count;
-  char* scratch = (char*)liushui::scratch(liushui::kProduct, (size_t)(4096 + 1024 + floats * 4 + values));
+  char* scratch = (char*)liushui::scratch(liushui::kProduct, (size_t)(8192 + 1024 + floats * 4 + values));
   int32_t* sums = (int32_t*)scratch;
-  float *total = (float*)(sums + 1024), *scales = total + 256;
+  float *total = (float*)(sums + 2048), *scales = total + 256;
   int8_t* expanded = (int8_t*)(scales + floats);
   const TileKernel whole = tile_kernel<16>(w.format), half = tile_kernel<8>(w.format);
   TilePanel panel = {nullptr, nullptr, scales, scales + count, inner * (kInnerGroup / f.group)};

@@ -14,7 +14,7 @@ namespace liushui {
 
 enum ElementType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 
-// How the values of a weight are held. Integers have a scale for each group along k; x is then rounded to int8, in
+// How the values of a weight are held. Integers have a scale for each group along k; x is then rounded to 16 bits, in
 // groups of 32 with a float scale, the sum inside a group is exact, and groups are added in order in float.
 enum WeightFormat : int32_t {
   kWeightF32 = 0,   // float32; x must be float32

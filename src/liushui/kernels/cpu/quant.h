@@ -1,11 +1,13 @@
 // Products with integer weights: y[n] = sum over groups g of scale[n, g] * (s[g] * I[n, g]) + minimum[n, g] * t[g],
-// where x is about s * q in groups of 32 (q int8, s float), I the exact sum of a group's integer products and t = s
+// where x is about s * q in groups of 32 (q int16, s float), I the exact sum of a group's integer products and t = s
 // times the sum of q. Groups are added in order by fused operations, so neither the instruction that forms I nor the
-// number of rows can be seen in y.
+// number of rows can be seen in y. (q of 8 bits costs a small model about 1 % of its perplexity, and is no faster where
+// pairs of 16 bits are multiplied as quickly as the weights can be read.)
 //
 // A panel holds 16 columns: the values of all groups, [group][k / 4][column][k % 4] (in 4 bits: rows k / 4 and
 // k / 4 + 4 share a byte), then the scales.
 #pragma once
+#include "amx.h"
 #include "product.h"
 
 namespace {
@@ -37,16 +39,20 @@ inline long quant_panel_bytes(const PackedWeight& w) {
   return groups * f.value_bytes + round_up(blocks * f.scale_bytes, 64);
 }
 
-// -- x in int8
+// -- x in 16 bits
+
+constexpr float kLargest = 32512.0f;  // 127 * 256: a value is then two bytes, 256 a + b, with a and b in int8
 
 // A group of 16 rows of x. So the instructions for tiles and for single rows both find what they need together.
 struct alignas(64) PreparedGroup {
-  int8_t values[16][kInnerGroup];
+  int16_t values[16][kInnerGroup];  // of each four the first, third, second, fourth: as halves of 16 bits have them
+#if defined(LS_TILE_INT8)
+  int8_t high[16][kInnerGroup], low[16][kInnerGroup];  // the same values in order, 256 high + low
+#endif
   float scale[16];
-  int32_t sums[2][16];  // of the first and the second 16 values
-  float shift[16];      // scale * sum
+  int32_t sum[16];
+  float shift[16];  // scale * sum
 };
-static_assert(sizeof(PreparedGroup) == 768, "48 bytes a row");
 
 // Largest and sum of the lanes.
 #if defined(__AVX512F__) && LS_WIDTH == 16
@@ -76,9 +82,31 @@ LS_INLINE int32_t lanes_add(vi v) {
 }
 #endif
 
+typedef int16_t vs __attribute__((vector_size(W * 4)));
+typedef uint16_t vw __attribute__((vector_size(W * 4)));
+
+// Each four of W numbers of 16 bits: the middle two change places.
+LS_INLINE void store_halves(int16_t* to, vi q) {
+  typedef int16_t narrow __attribute__((vector_size(W * 2)));
+  typedef uint64_t fours __attribute__((vector_size(W * 2)));
+  fours v = (fours)__builtin_convertvector(q, narrow);
+  const fours change = (v ^ (v >> 16)) & 0xffff0000u;
+  v ^= change ^ (change << 16);
+  memcpy(to, &v, sizeof v);
+}
+
+#if defined(LS_TILE_INT8)
+LS_INLINE void store_bytes(PreparedGroup& to, int row, int at, vi q) {
+  typedef int8_t vq __attribute__((vector_size(W)));
+  const vi high = (q + 128) >> 8;
+  const vq first = __builtin_convertvector(high, vq), second = __builtin_convertvector(q - (high << 8), vq);
+  memcpy(to.high[row] + at, &first, W);
+  memcpy(to.low[row] + at, &second, W);
+}
+#endif
+
 template <class T>
 LS_INLINE void quantise_group(const T* x, long count, PreparedGroup& to, int row) {
-  typedef int8_t vq __attribute__((vector_size(W)));
   constexpr int kVectors = kInnerGroup / W;
   vf v[kVectors];
   vi largest = {};
@@ -93,23 +121,25 @@ LS_INLINE void quantise_group(const T* x, long count, PreparedGroup& to, int row
   const int32_t most = lanes_max(largest);
   float bound;
   memcpy(&bound, &most, 4);
-  const bool usable = most < 0x7f800000 && bound > 1e-35f;  // else all zero, times 0, infinity or NaN
-  const float inverse = usable ? 127.0f / bound : 0.0f;
+  const bool usable = most < 0x7f800000 && bound > 1e-33f;  // else all zero, times 0, infinity or NaN
+  const float inverse = usable ? kLargest / bound : 0.0f;
   const vi keep = vi{} - (int32_t)usable;
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  vi sums[2] = {};
+  vi sums = {};
 #pragma GCC unroll 8
   for (int i = 0; i < kVectors; i++) {
     const vi q = ((vi)(v[i] * inverse + magic) - (vi)magic) & keep;
-    const vq bytes = __builtin_convertvector(q, vq);
-    memcpy(to.values[row] + i * W, &bytes, W);
-    sums[i * W / 16] += q;
+    store_halves(to.values[row] + i * W, q);
+#if defined(LS_TILE_INT8)
+    store_bytes(to, row, i * W, q);
+#endif
+    sums += q;
   }
-  const int32_t first = lanes_add(sums[0]), second = lanes_add(sums[1]);
-  to.sums[0][row] = first, to.sums[1][row] = second;
-  const float scale = most < 0x7f800000 && !usable ? 0.0f : bound / 127.0f;
+  const int32_t sum = lanes_add(sums);
+  const float scale = most < 0x7f800000 && !usable ? 0.0f : bound / kLargest;
+  to.sum[row] = sum;
   to.scale[row] = scale;
-  to.shift[row] = scale * (float)(first + second);
+  to.shift[row] = scale * (float)sum;
 }
 
 template <class T>
@@ -197,7 +227,7 @@ inline void expand_scales(int format, const uint8_t* from, long groups, float* s
   }
 }
 
-// -- exact sums of four products per column
+// -- exact sums per column
 
 LS_INLINE vi load_bytes(const void* p) {
   vi v;
@@ -205,88 +235,44 @@ LS_INLINE vi load_bytes(const void* p) {
   return v;
 }
 
-// Of 4-bit values 0 .. 15 (`Nibbles`) and of int8 (`Bytes`): begin, add steps of 4 values of k, finish. `correction`
-// is what must be taken off the values of this group, times the sum of q.
-#if (defined(__AVX512VNNI__) || defined(LS_EMULATE)) && LS_WIDTH == 16
-#if defined(LS_EMULATE)
-LS_INLINE vi dot4(vi sum, vi w, vi x) {
-  uint8_t a[64];
-  int8_t b[64];
-  memcpy(a, &w, 64);
-  memcpy(b, &x, 64);
-  for (int c = 0; c < 16; c++)
-    for (int i = 0; i < 4; i++) sum[c] += (int)a[4 * c + i] * (int)b[4 * c + i];
+// sum + the products of both halves of 16 bits.
+LS_INLINE vi dot2(vi sum, vi w, vi x) {
+#if defined(__AVX512VNNI__) && LS_WIDTH == 16
+  return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+#elif defined(__AVX2__) && LS_WIDTH == 8
+  sum += (vi)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+  asm("" : "+x"(sum));  // or gcc gathers the products to add them in a tree, far more than there are registers
   return sum;
+#elif defined(__SSE2__) && LS_WIDTH == 4
+  return sum + (vi)_mm_madd_epi16((__m128i)w, (__m128i)x);
+#else
+  return sum + ((w << 16) >> 16) * ((x << 16) >> 16) + (w >> 16) * (x >> 16);
+#endif
 }
-#else
-LS_INLINE vi dot4(vi sum, vi w, vi x) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x); }
-#endif
-struct Nibbles {
-  typedef vi Sum;
-  static constexpr bool kIsNibbles = true;
-  static constexpr int kOffset = 0;
-  static LS_INLINE vi of(vi w) { return w; }
-  static LS_INLINE vi add(vi sum, vi w, vi x) { return dot4(sum, w, x); }
-  static LS_INLINE vi finish(vi sum) { return sum; }
-};
-struct Bytes : Nibbles {
-  static constexpr bool kIsNibbles = false;
-  static constexpr int kOffset = 128;
-  static LS_INLINE vi of(vi w) { return w ^ (int32_t)0x80808080u; }
-};
-#elif defined(__AVX2__)
-struct Nibbles {  // eight products of at most 15 * 127, two by two, stay within 16 bits
-  typedef vi Sum;
-  static constexpr bool kIsNibbles = true;
-  static constexpr int kOffset = 0;
-  static LS_INLINE vi of(vi w) { return w; }
-  static LS_INLINE vi add(vi sum, vi w, vi x) {
-    return (vi)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
-  }
-  static LS_INLINE vi finish(vi sum) { return (vi)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
-};
-struct Bytes {  // |w| <= 128 times sign(w) x, |x| <= 127: two products stay within 16 bits
-  typedef vi Sum;
-  static constexpr bool kIsNibbles = false;
-  static constexpr int kOffset = 0;
-  static LS_INLINE vi of(vi w) { return w; }
-  static LS_INLINE vi add(vi sum, vi w, vi x) {
-    const __m256i pairs =
-        _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)x, (__m256i)w));
-    return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-  }
-  static LS_INLINE vi finish(vi sum) { return sum; }
-};
-#else
-struct Bytes {
-  typedef vi Sum;
-  static constexpr bool kIsNibbles = false;
-  static constexpr int kOffset = 0;
-  static LS_INLINE vi of(vi w) { return w; }
-  static LS_INLINE vi add(vi sum, vi w, vi x) {
-    for (int shift = 24; shift >= 0; shift -= 8) sum += ((w << shift) >> 24) * ((x << shift) >> 24);
-    return sum;
-  }
-  static LS_INLINE vi finish(vi sum) { return sum; }
-};
-struct Nibbles : Bytes {
-  static constexpr bool kIsNibbles = true;
-};
-#endif
+
+// A word of four bytes of a column, in halves of 16 bits: of int8 (`kPieces` 2) the first and third, the second and
+// fourth; of 4 bits (4) the same of the low and then of the high ones.
+template <int kPieces>
+LS_INLINE vi piece_of(vi packed, int piece) {
+  if (kPieces == 2) return piece == 0 ? (vi)((vs)((vw)packed << 8) >> 8) : (vi)((vs)packed >> 8);
+  const vw shifted = piece == 0 ? (vw)packed : (vw)packed >> (piece == 1 ? 8 : piece == 2 ? 4 : 12);
+  return piece == 3 ? (vi)shifted : (vi)shifted & 0x000f000f;
+}
 
 // -- few rows
 
-typedef int32_t __attribute__((may_alias)) word;  // four values of x
+typedef int32_t __attribute__((may_alias)) word;  // two values of x
 
-// How a format is held, for the kernels: `Kind` multiplies its values; `kOffset` is taken off 4-bit ones; scales are
-// float16 beside each other (with minima: alternating), or have been expanded to float before.
-template <class K, int offset, int group, bool minimum, bool direct>
+// How a format is held, for the kernels: 4 bits (less `kOffset`) or int8; scales are float16 beside each other (with
+// minima: alternating), or have been expanded to float before.
+template <bool nibbles, int offset, int group, bool minimum, bool direct>
 struct Held {
-  typedef K Kind;
-  static constexpr bool kNibbles = K::kIsNibbles, kMinimum = minimum, kDirect = direct;
-  static constexpr int kGroup = group, kOffset = offset + K::kOffset;
-  static constexpr long kValueBytes = kNibbles ? 256 : 512;
+  static constexpr bool kNibbles = nibbles, kMinimum = minimum, kDirect = direct;
+  static constexpr int kGroup = group, kOffset = offset;
+  static constexpr long kValueBytes = nibbles ? 256 : 512;
 };
+
+constexpr long kAhead = 10240;  // bytes between what is fetched and what is multiplied (measured on Zen 3)
 
 struct QuantPanel {
   const uint8_t* values;
@@ -298,9 +284,9 @@ struct QuantPanel {
 // R rows times V vectors of columns of one panel, from column `column` on.
 template <class F, int R, int V>
 LS_INLINE void quant_tile(const PreparedGroup* x, int row, const QuantPanel& p, int column, float* out) {
-  typedef typename F::Kind Kind;
-  constexpr int kSteps = F::kGroup / 4, kParts = kInnerGroup / F::kGroup, kLoads = F::kNibbles ? kSteps / 2 : kSteps;
-  constexpr int kHalves = F::kMinimum ? 32 : 16;  // of a group
+  constexpr int kPieces = F::kNibbles ? 4 : 2, kParts = kInnerGroup / F::kGroup;
+  constexpr int kLoads = F::kGroup / 2 / kPieces;  // vectors of the weight, of `kPieces` pairs of k each
+  constexpr int kHalves = F::kMinimum ? 32 : 16;   // of a group
   const uint8_t* values = p.values + column * 4;
   const uint16_t* half = p.halves + column;
   vf total[R][V];
@@ -308,29 +294,32 @@ LS_INLINE void quant_tile(const PreparedGroup* x, int row, const QuantPanel& p, 
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int c = 0; c < V; c++) total[r][c] = vf{};
-  for (long g = 0; g < p.groups; g++, values += F::kValueBytes, half += kHalves) {
-#pragma GCC unroll 8
-    for (int i = 0; i < F::kValueBytes; i += 64) __builtin_prefetch(values + 10 * F::kValueBytes + i, 0, 3);
-    if (F::kDirect) __builtin_prefetch((const char*)half + p.panel_bytes, 0, 2);
+  const uint8_t* ahead = p.values + kAhead;  // values and scales alike
+  const long stride = p.panel_bytes / p.groups;
+  for (long g = 0; g < p.groups; g++, values += F::kValueBytes, half += kHalves, ahead += stride) {
+#pragma GCC unroll 16
+    for (int i = 0; i < F::kValueBytes + 64; i += 64) __builtin_prefetch(ahead + i, 0, 3);
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; part++) {
-      typename Kind::Sum sum[R][V];
+      vi sum[R][V];
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int c = 0; c < V; c++) sum[r][c] = typename Kind::Sum{};
+        for (int c = 0; c < V; c++) sum[r][c] = F::kOffset ? vi{} - F::kOffset * (vi{} + x[g].sum[row + r]) : vi{};
 #pragma GCC unroll 8
       for (int step = 0; step < kLoads; step++) {
+#pragma GCC unroll 4
+        for (int piece = 0; piece < kPieces; piece++) {
+          vi w[V];
 #pragma GCC unroll 8
-        for (int c = 0; c < V; c++) {
-          const vi packed = load_bytes(values + (part * kSteps + step) * 64 + c * W * 4);
-          const vi low = F::kNibbles ? packed & 0x0f0f0f0f : Kind::of(packed);
-          const vi high = (packed >> 4) & 0x0f0f0f0f;
+          for (int c = 0; c < V; c++)
+            w[c] = piece_of<kPieces>(load_bytes(values + (part * kLoads + step) * 64 + c * W * 4), piece);
+          const int pair = part * F::kGroup / 2 + piece / 2 * 8 + 2 * step + piece % 2;
 #pragma GCC unroll 8
           for (int r = 0; r < R; r++) {
-            const word* q = (const word*)x[g].values[row + r] + part * kSteps;
-            sum[r][c] = Kind::add(sum[r][c], low, q[step] + vi{});
-            if (F::kNibbles) sum[r][c] = Kind::add(sum[r][c], high, q[step + kLoads] + vi{});
+            const vi q = ((const word*)x[g].values[row + r])[pair] + vi{};
+#pragma GCC unroll 8
+            for (int c = 0; c < V; c++) sum[r][c] = dot2(sum[r][c], w[c], q);
           }
         }
       }
@@ -341,12 +330,7 @@ LS_INLINE void quant_tile(const PreparedGroup* x, int row, const QuantPanel& p, 
         const vf minimum = !F::kMinimum ? vf{} : F::kDirect ? load_half(half + 16 + c * W) : load(p.minima + at);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-          vi exact = Kind::finish(sum[r][c]);
-          if (F::kOffset) {
-            const int32_t *first = x[g].sums[0] + row + r, *second = x[g].sums[1] + row + r;
-            exact -= F::kOffset * (kParts == 2 ? x[g].sums[part][row + r] : *first + *second);
-          }
-          total[r][c] = fma(__builtin_convertvector(exact, vf) * x[g].scale[row + r], scale, total[r][c]);
+          total[r][c] = fma(__builtin_convertvector(sum[r][c], vf) * x[g].scale[row + r], scale, total[r][c]);
           if (F::kMinimum) total[r][c] = fma(splat(x[g].shift[row + r]), minimum, total[r][c]);
         }
       }
@@ -361,8 +345,7 @@ LS_INLINE void quant_tile(const PreparedGroup* x, int row, const QuantPanel& p, 
 // R rows times all 16 columns: as many vectors of columns at a time as the registers hold.
 template <class F, int R>
 void quant_rows(const PreparedGroup* x, int row, const QuantPanel& p, float* out) {
-  constexpr int kAll = 16 / W;
-  constexpr int V = R == 1 ? (kAll < 4 ? kAll : 4) : LS_REGISTERS == 16 && R == 2 ? (kAll < 2 ? kAll : 2) : 1;
+  constexpr int kAll = 16 / W, kFit = R == 1 ? 4 : LS_REGISTERS / 8, V = kAll < kFit ? kAll : kFit;
 #pragma GCC unroll 4
   for (int c = 0; c < 16; c += V * W) quant_tile<F, R, V>(x, row, p, c, out);
 }
@@ -374,11 +357,14 @@ void quant_panel(const PreparedGroup* x, long begin, long end, const QuantPanel&
   for (long row = begin; row < end;) {
     const int at = (int)(row % 16), count = (int)min_of(16 - at, end - row);
     const PreparedGroup* tile = x + row / 16 * p.groups;
-    const int height = kMany && count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1;
+    const int height = kMany && count >= 8 ? 8 : count >= 4 ? 4 : count;
     if (kMany && height == 8)
       quant_rows<F, kMany ? 8 : 4>(tile, at, p, out);
     else
-      (height == 4 ? quant_rows<F, 4> : height == 2 ? quant_rows<F, 2> : quant_rows<F, 1>)(tile, at, p, out);
+      (height == 4   ? quant_rows<F, 4>
+       : height == 3 ? quant_rows<F, 3>
+       : height == 2 ? quant_rows<F, 2>
+                     : quant_rows<F, 1>)(tile, at, p, out);
     row += height;
     out += height * 16;
   }
@@ -388,11 +374,11 @@ using QuantKernel = void (*)(const PreparedGroup*, long, long, const QuantPanel&
 
 inline QuantKernel quant_kernel(int format) {
   switch (format) {
-    case liushui::kInt4: return quant_panel<Held<Nibbles, 8, 32, false, true>>;
-    case liushui::kInt4Min: return quant_panel<Held<Nibbles, 0, 32, true, true>>;
-    case liushui::kInt4K: return quant_panel<Held<Nibbles, 0, 32, true, false>>;
-    case liushui::kInt6K: return quant_panel<Held<Bytes, 0, 16, false, false>>;
-    default: return quant_panel<Held<Bytes, 0, 32, false, true>>;
+    case liushui::kInt4: return quant_panel<Held<true, 8, 32, false, true>>;
+    case liushui::kInt4Min: return quant_panel<Held<true, 0, 32, true, true>>;
+    case liushui::kInt4K: return quant_panel<Held<true, 0, 32, true, false>>;
+    case liushui::kInt6K: return quant_panel<Held<false, 0, 16, false, false>>;
+    default: return quant_panel<Held<false, 0, 32, false, true>>;
   }
 }
 
