@@ -128,8 +128,11 @@ def install(installers, attempts, environment=None):
             say(f"installing {' '.join(attempt)} with {Path(command[0]).name}")
             quiet = [] if sys.stderr.isatty() else ["--quiet"]
             env = dict(settings, **(environment or {}))
-            if subprocess.call([*command, *quiet, *attempt], env=env) == 0:
-                return True
+            try:
+                if subprocess.call([*command, *quiet, *attempt], env=env) == 0:
+                    return True
+            except OSError as error:
+                say(str(error))
             say("that did not work")
     return False
 

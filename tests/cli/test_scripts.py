@@ -92,9 +92,10 @@ def test_where_uv_fails_pip_goes_on(capfd):
     code = "import os, sys; print(sys.argv[-1], os.environ['WHO'], os.environ['MORE']); sys.exit({})"
     ends = {"uv": "1", "pip": "sys.argv[-1] == 'a'"}
     tools = [([sys.executable, "-c", code.format(end)], os.environ | {"WHO": who}) for who, end in ends.items()]
-    assert setup.install(tools, [["a"], ["b"], ["c"]], {"MORE": "yes"})
-    tried = capfd.readouterr().out.splitlines()
-    assert tried == ["a uv yes", "b uv yes", "c uv yes", "a pip yes", "b pip yes"]
+    assert setup.install([(["/no/such/uv"], {}), *tools], [["a"], ["b"], ["c"]], {"MORE": "yes"})
+    said, told = capfd.readouterr()
+    assert told.count("No such file") == 3
+    assert said.splitlines() == ["a uv yes", "b uv yes", "c uv yes", "a pip yes", "b pip yes"]
     assert not setup.install(tools[:1], [["a"]], {"MORE": "yes"})
 
 
