@@ -28,8 +28,8 @@ of the time is for those who decode."""
 LIMIT = 2.8
 """And less where steps take longer than predicted now and then: the slowest of them too are to stay within this many
 times the step without (3 is what is promised)."""
-LEAST = 1.25
-"""But not less than this many times: prompts must get on."""
+LEAST = 1.5
+"""But not less than this many times: prompts keep half of what they would have on a machine that is steady."""
 _WINDOW = 256
 """Steps of which it is remembered how much longer than predicted they took."""
 _SLOWEST = 0.985
@@ -209,7 +209,10 @@ class Pacer:
         self._longest = START
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
-        work = Work.of(plan)
+        self.learn(Work.of(plan), seconds)
+
+    def learn(self, work: Work, seconds: float) -> None:
+        """A step with this work took so long."""
         predicted = self.cost.seconds(work)
         if predicted > 0 and seconds > 0:
             self.noise.add(seconds / predicted)
