@@ -50,8 +50,8 @@ class ServeRequest:
 
 class AnswerStream(Protocol):
     """What comes of one request. Leaving it early (`aclose`, `async with`, cancelled while waiting) aborts the request:
-    its KV blocks are free after the step in flight. A reader that is slow gets fewer and longer deltas, and holds up
-    nobody: what it has not read is kept once, as the answer itself."""
+    its KV blocks are free after the step in flight. A reader that is slow gets fewer and longer deltas (bounded
+    each, see `ticket`), and holds up nobody: what it has not read is kept once, as the answer itself."""
 
     @property
     def request_id(self) -> str: ...
