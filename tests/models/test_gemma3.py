@@ -43,7 +43,7 @@ def checkpoint(path: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def llm(path: Path) -> LLM:
-    return LLM(str(path), dtype="float32", kv_cache_gib=0.2, max_model_len=1024, threads=1)
+    return LLM(str(path), dtype="float32", weights="float32", kv_cache_gib=0.2, max_model_len=1024, threads=1)
 
 
 def test_greedy_tokens_are_hugging_faces(llm: LLM) -> None:

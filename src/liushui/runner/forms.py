@@ -11,6 +11,10 @@ from liushui.errors import ParameterError
 from liushui.kernels.ops import Ops
 from liushui.kernels.quantised import Quantised
 
+FASTER_IN_BLOCKS = frozenset({"avx2"})
+"""Instruction sets on which the file's own blocks were measured to be faster than dequantised weights for one stream
+and for many (benchmarks/RESULTS.md). With AMX, whose bfloat16 is fast, they were for one stream alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
@@ -27,11 +31,7 @@ class Form:
 
 
 def choose(choice: WeightForm, ops: Ops, dtype: torch.dtype, checkpoint: Any, numerics: str) -> Form:
-    """The form for this machine and file. Raises `ParameterError` for one that cannot be had.
-
-    auto is not native: its products round activations to int8, which costs about 1 % of perplexity on the default
-    model (benchmarks/quality.py), and exactness is nobody's to trade but the user's.
-    """
+    """The form for this machine and file. Raises `ParameterError` for one that cannot be had."""
     kinds: frozenset[str] = getattr(checkpoint, "block_types", frozenset)()
     known: frozenset[str] = getattr(ops, "block_types", frozenset())
     able = bool(known) and numerics == "invariant"
@@ -45,14 +45,15 @@ def choose(choice: WeightForm, ops: Ops, dtype: torch.dtype, checkpoint: Any, nu
     held = sorted(kinds & known)
     if not kinds:
         return Form(f"weights: {_name(dtype)}; the file has no quantised ones", dtype)
-    if able and held and choice == "native":
+    isa = getattr(ops, "isa", "")
+    if able and held and (choice == "native" or isa in FASTER_IN_BLOCKS):
         return _native(checkpoint, kinds, known, dtype)
     if choice == "native":
         raise ParameterError(
             "weights", f"the file's {', '.join(sorted(kinds))} blocks cannot be used as they are: {why}"
         )
     if able and held:
-        why = "exact (--weights native reads fewer bytes and rounds activations)"
+        why = f"not known to be slower than blocks with {isa} (--weights native reads fewer bytes)"
     elif able:
         why = f"there are no products for {', '.join(sorted(kinds))}"
     return Form(f"weights: {', '.join(sorted(kinds))} dequantised to {_name(dtype)}: {why}", dtype)
