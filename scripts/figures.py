@@ -50,7 +50,7 @@ class House:
 
 
 def load(model: str) -> LLM:
-    return LLM(model, dtype="float32", device="cpu", threads=1, max_num_seqs=SEATS, kv_cache_gib=0.1)
+    return LLM(model, dtype="float32", weights="float32", device="cpu", threads=1, max_num_seqs=SEATS, kv_cache_gib=0.1)
 
 
 # -- 1. argmax along the two axes

@@ -22,7 +22,7 @@ LINES = r"(?P<{}>(?:(?!```).*\n)*)```"
 BLOCK = re.compile(
     rf"<!-- run -->\n+```(?P<kind>python|console)\n{LINES.format('code')}(?:\n+```text\n{LINES.format('output')})?"
 )
-PLAIN = ["--dtype", "float32", "--threads", "1"]
+PLAIN = ["--dtype", "float32", "--weights", "float32", "--threads", "1"]
 """The same numbers on every processor."""
 
 

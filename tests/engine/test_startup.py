@@ -61,6 +61,7 @@ class Terminal(io.StringIO):
 
 
 def test_progress_shows_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     llm = make_llm()
     llm.generate(["a", "b"], SamplingParams(max_tokens=3))

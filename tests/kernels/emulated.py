@@ -13,13 +13,16 @@ from liushui.kernels.native import open_library
 from liushui.kernels.native_linear import NativeProducts
 from tests.support.files import ROOT, module_at
 
+# Here and not in a test: setuptools is to be imported before anything can have touched distutils.
+SANITIZE = module_at("scripts/sanitize.py")
+
 
 @cache
 def library(units: tuple[str, ...] = ("linear",), sets: tuple[str, ...] = ("avx512", "amx")) -> Path:
     """`_cpu.so` with instruction sets emulated; built once for each state of the sources."""
     if platform.machine().lower() not in ("x86_64", "amd64") or "avx2" not in _cpu_flags():
         pytest.skip("the emulation is made of AVX2")
-    module = module_at("scripts/sanitize.py").load_setup()
+    module = SANITIZE.load_setup()
     module.PER_INSTRUCTION_SET = units
     sources = sorted((ROOT / module.SOURCES).glob("*.*"))
     state = hashlib.sha256(b"".join(path.read_bytes() for path in [ROOT / "setup.py", *sources])).hexdigest()[:16]

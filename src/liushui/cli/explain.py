@@ -16,7 +16,7 @@ from liushui.errors import LiushuiError
 if TYPE_CHECKING:
     from liushui.engine.explain import Mistake
 
-KEPT = {"model", "dtype", "max_num_batched_tokens", "block_size", "threads", "kernels", "kv_cache_gib"}
+KEPT = {"model", "dtype", "weights", "max_num_batched_tokens", "block_size", "threads", "kernels", "kv_cache_gib"}
 """Engine flags that make a difference to what is seen."""
 
 
@@ -47,6 +47,8 @@ def explain(
         raise LiushuiError(f"--html {html}: the folder {html.parent} does not exist")
     if html is not None and html.is_dir():
         raise LiushuiError(f"--html {html} is a folder; name a file in it")
+    if (config.weights, config.dtype) == ("auto", "float32"):
+        config = replace(config, weights="float32")  # the same numbers on every machine
     llm = load_llm(replace(config, device="cpu"))
     from liushui.engine.explain import explain as run
 
