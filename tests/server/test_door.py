@@ -344,14 +344,18 @@ def test_the_log_has_one_line_and_no_text(parrot: Running, caplog: pytest.LogCap
         parrot.chat("the secret prompt", max_tokens=60, request_id="find-me")
         parrot.chat("the secret prompt", temperature=-1)
         end = time.monotonic() + 60
-        while len(lines := [one.facts for one in caplog.records if one.getMessage() == "request"]) < 2:
+        while True:  # lines of earlier tests' requests may still come in between
+            lines = [one.facts for one in caplog.records if one.getMessage() == "request"]
+            answered = [one for one in lines if one.get("request_id") == "find-me"]
+            refused = [one for one in lines if one.get("code") == "invalid_value"]
+            if answered and refused:
+                break
             assert time.monotonic() < end
             time.sleep(0.005)
-    assert len(lines) == 2
-    assert lines[0]["request_id"] == "find-me"
-    assert lines[0]["finish"] == "stop"
-    assert lines[0]["completion_tokens"] == len("Hello, 你好 👋!".encode()) + 1
-    assert (lines[1]["status"], lines[1]["code"]) == (400, "invalid_value")
+    assert len(answered) == 1
+    assert answered[0]["finish"] == "stop"
+    assert answered[0]["completion_tokens"] == len("Hello, 你好 👋!".encode()) + 1
+    assert refused[-1]["status"] == 400
     assert "secret" not in repr(caplog.records)
     assert "Hello" not in repr(lines)
 

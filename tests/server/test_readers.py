@@ -12,7 +12,8 @@ import httpx
 import pytest
 from pydantic_core import to_json
 
-from liushui.server.pieces import MOST, PIECE, Rows, parts, pieces
+from liushui.engine.ticket import MOST
+from liushui.server.pieces import PIECE, Rows, parts, pieces
 from liushui.server.visit import Visit
 from liushui.server.wire import JsonAnswer
 from tests.engine.scripted import ScriptedExecutor

@@ -15,6 +15,11 @@ MOST = 1024
 and meanwhile nobody else is served."""
 
 
+def tokens_together(top: int) -> int:
+    """Tokens with `top` log-probabilities each that may be handed out in one piece."""
+    return max(1, MOST // (1 + top))
+
+
 class Desk(Protocol):
     """What a ticket asks of the engine that gave it out."""
 
@@ -45,7 +50,7 @@ class Ticket:
         self.last_token: dict[int, float] = {}
         """Answer -> when its last tokens came."""
         self._desk = desk
-        self._most = max(1, MOST // (1 + (wire.sampling.logprobs or 0)))
+        self._most = tokens_together(wire.sampling.logprobs or 0)
         """Tokens in one delta."""
         self._touched: dict[int, LiveAnswer] = {}
         """Answers with something unread, the one that has waited longest first."""

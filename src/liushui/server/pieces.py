@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic_core import to_json
 
-MOST = 1024
-"""Log-probabilities in one part, each token counting as one more."""
+from liushui.engine.ticket import tokens_together
+
 PIECE = 16 * 1024
 """Bytes that are worth a piece of their own."""
 
@@ -24,8 +24,8 @@ class Rows:
 
 
 def parts(length: int, top: int) -> Iterator[slice]:
-    """`length` tokens with `top` log-probabilities each, cut into parts of at most `MOST` of these."""
-    size = max(1, MOST // (1 + top))
+    """`length` tokens with `top` log-probabilities each, cut into parts of what may be written together."""
+    size = tokens_together(top)
     for start in range(0, length, size):
         yield slice(start, start + size)
 
