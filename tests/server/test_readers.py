@@ -122,7 +122,7 @@ def test_a_late_reader_of_a_huge_stream(long: Running) -> None:
     assert found[-1]["usage"] == right.json()["usage"]
     for choice in right.json()["choices"]:
         mine = whole_of(found, choice["index"])
-        assert 3_000 * 21 // MOST > len(mine) > 1_500 * 21 // MOST / 10
+        assert 1_500 // 4 > len(mine) > 1_500 * 21 // MOST / 10  # before its buffers are full it gets small ones
         assert all(len(piece["logprobs"]["tokens"]) <= MOST // 21 for piece in mine)
         assert [piece["finish_reason"] for piece in mine] == [None] * (len(mine) - 1) + ["length"]
         assert "".join(piece["text"] for piece in mine) == choice["text"]
