@@ -61,7 +61,7 @@ def limits_of(runner: Any) -> Limits:
     """For what a runner computes with."""
     if getattr(runner, "quantised", False):
         return QUANTISED
-    if runner.dtype == torch.bfloat16:
+    if str(runner.dtype).endswith("bfloat16"):
         return BFLOAT16
     return BLOCKS if getattr(runner, "in_blocks", False) else FLOAT32
 

@@ -119,16 +119,24 @@ def load(config: EngineConfig) -> Loaded:
         checkpoint = loading.open_checkpoint(loading.resolve(config.model))
     with phases("tokenizer"):
         tokenizer = Tokenizer.from_checkpoint(checkpoint, template)
-    with phases("import torch"):
-        from liushui.runner import hardware
-        from liushui.runner.runner import Runner
-    config = config.settled(hardware.pick_device(config.device).type == "cuda")
-    with phases("weights and KV cache"):
-        runner = _with_memory(Runner.load, config, checkpoint)
+    config, runner = _runner(config, checkpoint, phases)
     suggested = Suggestions.read(checkpoint.generation_config)
     engine = join(config, runner, tokenizer, suggested.checked() if config.generation_config == "auto" else None)
     phases.close()
     return Loaded(engine, tokenizer, config, report(config, checkpoint, tokenizer, runner, phases))
+
+
+def _runner(config: EngineConfig, checkpoint: Any, phases: Phases) -> tuple[EngineConfig, RunnerFacts]:
+    """The settings for the device, and the runner there."""
+    with phases("import the runner"):
+        from liushui.runner import hardware
+        from liushui.runner.runner import Runner, may_be_plain
+    if not may_be_plain(config, checkpoint):
+        with phases("import torch"):
+            import torch  # noqa: F401
+    config = config.settled(hardware.on_gpu(config.device))
+    with phases("weights and KV cache"):
+        return config, _with_memory(Runner.load, config, checkpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +167,10 @@ def make_core(config: EngineConfig, serving: ServingConfig) -> Core:
         from liushui import loading
 
         checkpoint = loading.open_checkpoint(loading.resolve(config.model))
-    with phases("import torch"):
-        from liushui.runner import hardware
-        from liushui.runner.runner import Runner
-    config = config.settled(hardware.pick_device(config.device).type == "cuda")
-    with phases("weights and KV cache"):
-        runner = _with_memory(Runner.load, config, checkpoint)
+    config, runner = _runner(config, checkpoint, phases)
+    from liushui.runner.sampler import bring_torch
+
+    bring_torch()
     phases.close()
     lines = [f"{config.model}: {checkpoint.describe()}", *runner.notes, batch_line(config, runner), phases.line()]
     return core_of(config, serving, runner, lines)

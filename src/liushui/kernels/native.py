@@ -4,26 +4,30 @@ Each output element is formed by one thread in one order of operations, whatever
 holds by construction.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 from ctypes import c_char_p, c_float, c_int, c_long, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from liushui.errors import ParameterError
+from liushui.kernels.arrays import type_name
 from liushui.kernels.native_linear import BLOCK_TYPES, NativeProducts
 from liushui.kernels.native_step import DecoderParts, NativeStep, fits
 from liushui.kernels.ops import PackedLinear
 from liushui.kernels.quantised import Quantised
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 INSTRUCTION_SETS = ("amx", "avx512", "avx2", "generic")
 """Best first."""
 MAX_HEAD_DIM = 1024
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_TYPES = {"float32": 0, "bfloat16": 1}
 _SILU_MUL, _GELU_TANH_MUL, _GELU_TANH = range(3)
 _ARGUMENTS: dict[str, list[Any]] = {
     "norm": [c_int, c_int, *[c_void_p] * 5, c_long, c_long, c_float, c_float, c_int],
@@ -69,6 +73,8 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 def _torch_openmp() -> int | None:
     """Address of GOMP_parallel in the OpenMP runtime that torch itself uses, if it has one."""
+    import torch
+
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         try:
@@ -98,7 +104,7 @@ class NativeOps:
     def __init__(self, threads: int, isa: str | None = None) -> None:
         library = _library()
         usable = [name for name in INSTRUCTION_SETS if library.liushui_supports(name.encode())]
-        usable = [name for name in usable if hasattr(library, f"liushui_product_{name}")]
+        usable = [name for name in usable if hasattr(library, f"liushui_unpack_{name}")]
         if not usable:
             raise NativeUnavailableError("built for another processor, or from older sources")
         if isa is not None and isa not in usable:
@@ -155,7 +161,7 @@ class NativeOps:
         rows, width = x.shape
         _check(weight.numel() == width and (bias is None or bias.numel() == width), "norm: weight is not [H]")
         _check(residual is None or residual.shape == x.shape, "norm: residual is not [T, H]")
-        out = torch.empty_like(x)
+        out = x.new_empty(x.shape)
         self._norm(
             kind, self.threads, x.data_ptr(), weight.data_ptr(), _pointer(bias), _pointer(residual), out.data_ptr(),
             rows, width, eps, offset, bias is not None,
@@ -192,7 +198,9 @@ class NativeOps:
         max_position, rotary = 0, 0
         if rope is not None:
             max_position, rotary = rope.shape
-            right = rope.dtype == torch.float32 and rope.is_contiguous() and rotary % 2 == 0 and rotary <= head_dim
+            right = (
+                type_name(rope.dtype) == "float32" and rope.is_contiguous() and rotary % 2 == 0 and rotary <= head_dim
+            )
             _check(right, "qkv_to_cache: rope is not float32 [max_position, R] with an even R <= D")
         wrong = self._to_cache(
             kind, self.threads, qkv.data_ptr(), num_heads, num_kv_heads, head_dim, positions.data_ptr(),
@@ -269,7 +277,7 @@ class NativeOps:
 def _type_of(first: Tensor, *others: Tensor | None) -> int:
     """The common type's number in the library; refuses what raw pointers must not see."""
     dtype = first.dtype
-    number = _TYPES.get(dtype)
+    number = _TYPES.get(type_name(dtype))
     if number is None:
         raise ValueError(f"native kernels take float32 or bfloat16, not {dtype}")
     if not first.is_contiguous():
@@ -286,7 +294,7 @@ def _type_of(first: Tensor, *others: Tensor | None) -> int:
 
 def _check_indices(*indices: Tensor) -> None:
     for index in indices:
-        if index.dtype is not torch.int32 or not index.is_contiguous():
+        if type_name(index.dtype) != "int32" or not index.is_contiguous():
             raise ValueError("indices are not contiguous int32")
 
 
@@ -308,13 +316,13 @@ def _check_cache(
     dtype: torch.dtype, k_cache: Tensor, v_cache: Tensor, scales: tuple[Tensor, Tensor] | None
 ) -> tuple[int | None, int | None]:
     """Where the scales of an int8 cache lie; None for a cache of the arithmetic type."""
-    held = torch.int8 if scales is not None else dtype
+    held = "int8" if scales is not None else type_name(dtype)
     for part in (k_cache, v_cache):
-        if part.dtype is not held or not part.is_contiguous():
+        if type_name(part.dtype) != held or not part.is_contiguous():
             raise ValueError(f"native kernels take one type: the cache is {part.dtype}, not contiguous {held}")
     if scales is None:
         return None, None
     for scale in scales:
-        if scale.dtype is not torch.float32 or scale.shape != k_cache.shape[:3] or not scale.is_contiguous():
+        if type_name(scale.dtype) != "float32" or scale.shape != k_cache.shape[:3] or not scale.is_contiguous():
             raise ValueError("the scales are not contiguous float32 [num_blocks, Hk, block_size]")
     return scales[0].data_ptr(), scales[1].data_ptr()

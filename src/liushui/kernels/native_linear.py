@@ -4,17 +4,21 @@ Integer weights (int8, 4 bits, and GGUF's blocks) stay as they are in memory. x 
 by itself for each row; a group's sum is exact, and groups are added in order.
 """
 
+from __future__ import annotations
+
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_int, c_int32, c_int64, c_long, c_void_p
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from liushui.kernels.arrays import Arena, Array, type_name
 from liushui.kernels.ops import PackedLinear
-from liushui.kernels.quantised import Quantised
+from liushui.kernels.quantised import Quantised, QuantisedRows
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "int4+min": 4, "int4 K": 5, "int6 K": 6}
 """`WeightFormat` in linear.h."""
@@ -30,9 +34,11 @@ SOURCES = {
 }
 """What a weight is packed from: its number in quant_pack.h, the format it is held in as it comes, and the elements and
 bytes of a block."""
+UNPACKED = {"F16": (16, 1, 2), "Q5_1": (17, 32, 24), "Q5_K": (18, 256, 176)}
+"""Types that are only unpacked: number in unpack.h, elements and bytes of a block."""
 BLOCK_TYPES = frozenset(SOURCES) - {"F32", "BF16"}
 """GGUF's quantised types that are held as they are."""
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_TYPES = {"float32": 0, "bfloat16": 1}
 _STORE, _ADD = 0, 1
 _ALIGNMENT = 64
 
@@ -75,6 +81,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "weight_bytes": [c_void_p],
     "pack": [c_int, c_void_p, c_int, c_void_p, c_void_p],
     "product": [c_int, c_void_p, c_void_p, c_int, c_long, c_void_p, c_int, c_int, c_long],
+    "unpack": [c_int, c_int, c_void_p, c_long, c_long, c_void_p, c_int],
     "embed": [c_int, c_void_p, c_void_p, c_long, c_void_p, c_int, c_long],
 }
 
@@ -90,20 +97,22 @@ class NativeProducts:
             functions[name] = function
         self._weight_bytes, self._pack = functions["weight_bytes"], functions["pack"]
         self._product, self._embed = functions["product"], functions["embed"]
+        self._unpack = functions["unpack"]
         self.threads = threads
+        self._arena = Arena()
         self._layout = f"native {isa}"
 
     def pack(self, weight: Tensor | Quantised, bias: Tensor | None = None, form: str | None = None) -> NativeLinear:
         """weight [N, K] in float32 or bfloat16, or GGUF blocks; `form`: int8 or int4, to quantise float32."""
+        if isinstance(weight, Quantised):
+            form = form or weight.form
         stacked = weight.parts if isinstance(weight, Quantised) else (_Part.of(weight),)
         packed = [self._pack_part(part.rows, part.kind, part.shape, form) for part in stacked]
         records, memory = [record for record, _ in packed], [memory for _, memory in packed]
-        dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        dtype = "float32" if isinstance(weight, Quantised) else weight.dtype
         return self._linked(records, memory, bias, dtype)
 
-    def _linked(
-        self, records: list[Record], memory: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype
-    ) -> NativeLinear:
+    def _linked(self, records: list[Record], memory: Sequence[Tensor], bias: Tensor | None, dtype: Any) -> NativeLinear:
         outputs, begin = sum(int(record.n) for record in records), 0
         if bias is not None:
             if bias.numel() != outputs:
@@ -125,24 +134,42 @@ class NativeProducts:
         records = [Record.from_buffer_copy(record) for record in packed.records]
         return self._linked(records, [packed.data, *packed.others], bias, packed.dtype)
 
-    def _pack_part(self, rows: Tensor, kind: str, shape: tuple[int, int], form: str | None) -> tuple[Record, Tensor]:
-        if kind not in SOURCES:
+    def _pack_part(
+        self, rows: Tensor | Array, kind: str, shape: tuple[int, int], form: str | None
+    ) -> tuple[Record, Tensor]:
+        source, held, block, nbytes = _source(kind)
+        if form is None and held is None:
             raise ValueError(f"native kernels have no product for {kind}")
-        source, held, block, nbytes = SOURCES[kind]
         if not rows.is_contiguous():
             raise ValueError("native kernels take contiguous tensors")
         if shape[1] % block or rows.nbytes != shape[0] * (shape[1] // block) * nbytes:
             raise ValueError(f"pack_linear: {rows.nbytes} bytes of {kind} are not {list(shape)}")
-        record = Record(format=FORMATS[form or held], n=shape[0], k=shape[1])
+        record = Record(format=FORMATS[form or held or ""], n=shape[0], k=shape[1])
         size = self._weight_bytes(ctypes.addressof(record))
         if size < 0:
             raise ValueError(f"pack_linear: a weight of {list(shape)} cannot be held as {form or held}")
-        memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+        memory: Any
+        if isinstance(rows, Array):
+            memory = self._arena.take(size)
+        else:
+            import torch
+
+            memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
         start = -memory.data_ptr() % _ALIGNMENT
         record.data = memory.data_ptr() + start
         if self._pack(self.threads, ctypes.addressof(record), source, rows.data_ptr(), record.data):
             raise ValueError(f"pack_linear: {kind} cannot become {form or held}")
         return record, memory
+
+    def unpack(self, part: QuantisedRows, dtype: str) -> Array:
+        """The values of rows in memory, float32 or bfloat16 [N, K], as GGUF's reference computes them."""
+        source, _, block, nbytes = _source(part.kind)
+        rows, columns = part.shape
+        if not part.rows.is_contiguous() or columns % block or part.rows.nbytes != rows * (columns // block) * nbytes:
+            raise ValueError(f"unpack: {part.rows.nbytes} bytes of {part.kind} are not {list(part.shape)}")
+        out = Array.empty(part.shape, dtype)
+        self._unpack(self.threads, source, part.rows.data_ptr(), rows, columns, out.data_ptr(), _TYPES[dtype])
+        return out
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
         """x [M, K] -> [M, N]. A `bias` replaces the one that was packed."""
@@ -151,17 +178,30 @@ class NativeProducts:
         self._check_rows(x, known)
         rows, width = x.shape[0], packed.out_features
         out = x.new_empty((rows, width))
-        kind = _TYPES[x.dtype]
+        kind = _TYPES[type_name(x.dtype)]
         self._product(self.threads, bound.address, x.data_ptr(), kind, rows, out.data_ptr(), kind, _STORE, width)
         return out
 
     def embed(self, ids: Tensor, packed: PackedLinear, dtype: torch.dtype) -> Tensor:
         """Rows `ids` [T] of the weight in `dtype`, [T, K]."""
         record = self._known(packed).address
-        ids = ids.to(torch.int64).contiguous()
-        out = torch.empty((ids.numel(), packed.in_features), dtype=dtype)
+        shape = ids.numel(), packed.in_features
+        out: Tensor
+        if isinstance(ids, Array):
+            out = Array.empty(shape, type_name(dtype))
+        else:
+            import torch
+
+            ids = ids.to(torch.int64).contiguous()
+            out = torch.empty(shape, dtype=dtype)
         wrong = self._embed(
-            self.threads, record, ids.data_ptr(), ids.numel(), out.data_ptr(), _TYPES[dtype], packed.in_features
+            self.threads,
+            record,
+            ids.data_ptr(),
+            ids.numel(),
+            out.data_ptr(),
+            _TYPES[type_name(dtype)],
+            packed.in_features,
         )
         if wrong:
             raise IndexError("embed: an id is outside the table")
@@ -173,12 +213,28 @@ class NativeProducts:
         return packed
 
     def _check_rows(self, x: Tensor, packed: NativeLinear) -> None:
-        if x.dtype not in _TYPES or (packed.records[0].format == 0 and x.dtype is not torch.float32):
+        kind = type_name(x.dtype)
+        if kind not in _TYPES or (packed.records[0].format == 0 and kind != "float32"):
             raise ValueError(f"native kernels take one type: {packed.kind} cannot take {x.dtype}")
         if x.dim() != 2 or x.shape[1] != packed.in_features:
             raise ValueError("linear: x is not [M, K]")
         if not x.is_contiguous():
             raise ValueError("native kernels take contiguous tensors")
+
+
+def can_unpack(kind: str) -> bool:
+    """Whether the library knows GGUF's type `kind`."""
+    return kind in SOURCES or kind in UNPACKED
+
+
+def _source(kind: str) -> tuple[int, str | None, int, int]:
+    """Number, the format it is held in as it comes (if any), elements and bytes of a block."""
+    if kind in SOURCES:
+        return SOURCES[kind]
+    if kind not in UNPACKED:
+        raise ValueError(f"native kernels have no product for {kind}")
+    number, elements, nbytes = UNPACKED[kind]
+    return number, None, elements, nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +244,9 @@ class _Part:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, weight: Tensor) -> "_Part":
-        kinds = {torch.float32: "F32", torch.bfloat16: "BF16"}
-        if weight.dtype not in kinds:
+    def of(cls, weight: Tensor) -> _Part:
+        kinds = {"float32": "F32", "bfloat16": "BF16"}
+        kind = kinds.get(type_name(weight.dtype))
+        if kind is None:
             raise ValueError(f"native kernels take float32 or bfloat16, not {weight.dtype}")
-        return cls(weight, kinds[weight.dtype], (weight.shape[0], weight.shape[1]))
+        return cls(weight, kind, (weight.shape[0], weight.shape[1]))

@@ -3,15 +3,22 @@
 The bits are those of the operations called one by one.
 """
 
+from __future__ import annotations
+
 import ctypes
 import time
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_float, c_int, c_int32, c_int64, c_long, c_size_t, c_void_p
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from liushui.kernels.arrays import Array, type_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 MAX_WINDOWS = 4
 """Different attention windows that the layers of one model may have."""
@@ -69,7 +76,7 @@ class LayerParts:
 class DecoderParts:
     """A decoder without its embedding."""
 
-    dtype: torch.dtype
+    dtype: str
     hidden: int
     inner: int
     num_heads: int
@@ -128,10 +135,10 @@ class NativeStep:
     ) -> None:
         """keys, values [num_layers, num_blocks, kv_heads, block_size, head_dim]; the scales of int8 ones
         [num_layers, num_blocks, kv_heads, block_size]."""
-        _check(keys, parts.dtype if scales is None else torch.int8, len(parts.layers), *keys.shape[1:])
-        _check(values, keys.dtype, *keys.shape)
+        _check(keys, parts.dtype if scales is None else "int8", len(parts.layers), *keys.shape[1:])
+        _check(values, type_name(keys.dtype), *keys.shape)
         for scale in scales or ():
-            _check(scale, torch.float32, *keys.shape[:-1])
+            _check(scale, "float32", *keys.shape[:-1])
         self._run, self._bytes = library[f"liushui_step_{isa}"], library[f"liushui_step_bytes_{isa}"]
         self._run.argtypes, self._run.restype = [c_int, POINTER(_Model), POINTER(_Batch)], c_int
         self._bytes.argtypes, self._bytes.restype = [POINTER(_Model), c_long, c_long, c_int], c_size_t
@@ -143,27 +150,27 @@ class NativeStep:
         )
         self._model = _Model(
             layers=ctypes.addressof(self._layers), norm=parts.norm.data_ptr(), head=parts.head, hidden=parts.hidden,
-            inner=parts.inner, num_blocks=keys.shape[1], type=int(parts.dtype is torch.bfloat16),
+            inner=parts.inner, num_blocks=keys.shape[1], type=int(parts.dtype == "bfloat16"),
             num_layers=len(parts.layers), num_heads=parts.num_heads, num_kv_heads=parts.num_kv_heads,
             head_dim=parts.head_dim, block_size=keys.shape[3], norm_eps=parts.norm_eps,
             residual_scale=parts.residual_scale, logits_divisor=parts.logits_divisor,
         )  # fmt: skip
         self._batch = _Batch()
         self._capacity = (0, 0)
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._tokens = torch.empty(0, dtype=torch.int32)
-        self._times: Tensor | None = None
+        self._memory = Array.empty((0,), "uint8")
+        self._tokens = Array.empty((0,), "int32")
+        self._times: np.ndarray | None = None
         self._watched = (0, 0, 0.0)
 
     def watch(self) -> None:
         """Measure every step from now on, from zero: some clock readings a layer for each thread."""
-        self._times = torch.zeros(self.threads, len(PARTS), 2, dtype=torch.int64)
-        self._batch.times = self._times.data_ptr()
+        self._times = np.zeros((self.threads, len(PARTS), 2), np.int64)
+        self._batch.times = self._times.ctypes.data
         self._watched = (0, 0, 0.0)
 
     def times(self) -> StepTimes:
         """What was measured since `watch`; nothing without it."""
-        seconds = torch.zeros(len(PARTS), 2) if self._times is None else self._times.double().mean(0) / 1e9
+        seconds = np.zeros((len(PARTS), 2)) if self._times is None else self._times.mean(axis=0) / 1e9
         parts = zip(PARTS, seconds.tolist(), strict=True)
         return StepTimes(*self._watched, tuple(PartTime(part, *times) for part, times in parts))
 
@@ -171,10 +178,9 @@ class NativeStep:
         """Work space for steps of up to `rows` rows that choose up to `num_tokens` tokens."""
         rows, num_tokens = max(rows, self._capacity[0]), max(num_tokens, self._capacity[1])
         size = self._bytes(byref(self._model), rows, num_tokens, self.threads)
-        memory = torch.empty(size + 63, dtype=torch.uint8)
-        self._memory = memory[-memory.data_ptr() % 64 :]
-        self._tokens = torch.empty(num_tokens, dtype=torch.int32)
-        self._batch.memory, self._batch.tokens = self._memory.data_ptr(), self._tokens.data_ptr()
+        self._memory, self._tokens = Array.empty((size + 63,), "uint8"), Array.empty((num_tokens,), "int32")
+        start = self._memory.data_ptr()
+        self._batch.memory, self._batch.tokens = start + -start % 64, self._tokens.data_ptr()
         self._capacity = rows, num_tokens
 
     def __call__(
@@ -198,13 +204,13 @@ class NativeStep:
         if rows > self._capacity[0] or num_tokens > self._capacity[1]:
             self.reserve(rows, num_tokens)
         _check(x, self.parts.dtype, rows, self.parts.hidden)
-        _check(positions, torch.int32, rows)
-        _check(slots, torch.int32, rows)
+        _check(positions, "int32", rows)
+        _check(slots, "int32", rows)
         sequences, max_blocks = block_table.shape
-        _check(query_start, torch.int32, sequences + 1)
-        _check(seq_lens, torch.int32, sequences)
-        _check(block_table, torch.int32, sequences, max_blocks)
-        _check(wanted, torch.int32, wanted.numel())
+        _check(query_start, "int32", sequences + 1)
+        _check(seq_lens, "int32", sequences)
+        _check(block_table, "int32", sequences, max_blocks)
+        _check(wanted, "int32", wanted.numel())
         hidden = x.new_empty((wanted.numel(), self.parts.hidden))
         batch.x, batch.positions, batch.slots = x.data_ptr(), positions.data_ptr(), slots.data_ptr()
         batch.query_start, batch.seq_lens = query_start.data_ptr(), seq_lens.data_ptr()
@@ -218,11 +224,11 @@ class NativeStep:
             self._watched = steps + 1, total + rows, seconds + time.perf_counter() - start
         if wrong:
             raise IndexError("step: rows, positions, slots or blocks point outside the batch, the tables or the cache")
-        return hidden, self._tokens[:num_tokens].tolist()
+        return hidden, self._tokens.values[:num_tokens].tolist()
 
 
-def _check(x: Tensor, dtype: torch.dtype, *shape: int) -> None:
-    if x.dtype is not dtype or x.shape != shape or not x.is_contiguous():
+def _check(x: Tensor, dtype: str, *shape: int) -> None:
+    if type_name(x.dtype) != dtype or x.shape != shape or not x.is_contiguous():
         raise ValueError(f"step: {list(x.shape)} {x.dtype} where contiguous {list(shape)} {dtype} is needed")
 
 
@@ -248,6 +254,6 @@ def fits(parts: DecoderParts) -> bool:
         norms += [
             norm for norm in (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm) if norm is not None
         ]
-    typed = all(norm.dtype is parts.dtype and norm.is_contiguous() for norm in norms)
-    rope = all(layer.rope.dtype is torch.float32 and layer.rope.is_contiguous() for layer in parts.layers)
+    typed = all(type_name(norm.dtype) == parts.dtype and norm.is_contiguous() for norm in norms)
+    rope = all(type_name(layer.rope.dtype) == "float32" and layer.rope.is_contiguous() for layer in parts.layers)
     return typed and rope and len(windows) <= MAX_WINDOWS and parts.num_heads % parts.num_kv_heads == 0

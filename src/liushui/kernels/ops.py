@@ -9,15 +9,18 @@ key-value heads, D head dimension. Tensors are contiguous, on the CPU, float32 o
 call; indices are int32. Arithmetic is float32 (or better) with one rounding at the end of an operation.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from liushui.config import Kernels
 from liushui.errors import ParameterError
 from liushui.kernels.quantised import Quantised
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,16 @@ class Ops(Protocol):
         ...
 
 
+def load_native(threads: int) -> Ops | None:
+    """The native library's operations, if it can serve; without torch."""
+    from liushui.kernels.native import NativeOps, NativeUnavailableError
+
+    try:
+        return NativeOps(threads)
+    except NativeUnavailableError:
+        return None
+
+
 def load_ops(kind: Kernels, threads: int, *, isa: str | None = None) -> Ops:
     """The implementation asked for. `auto` takes plain torch where the native library cannot serve, and notes why.
 
@@ -142,14 +155,17 @@ def load_ops(kind: Kernels, threads: int, *, isa: str | None = None) -> Ops:
     machine does not have.
     """
     from liushui.kernels.native import NativeOps, NativeUnavailableError
-    from liushui.kernels.reference import TorchOps
 
     if kind == "torch":
+        from liushui.kernels.reference import TorchOps
+
         return TorchOps(threads)
     try:
         return NativeOps(threads, isa)
     except NativeUnavailableError as reason:
         if kind == "auto":
+            from liushui.kernels.reference import TorchOps
+
             return TorchOps(threads, note=f"native kernels: {reason}: using plain torch")
         raise ParameterError(
             "kernels",

@@ -1,15 +1,21 @@
 """The one home of every choice that could make an answer depend on the batch (DESIGN, decision 8)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-
-from liushui.kernels.linear import CertifiedLinear, PlainLinear, RowCertificate
+from liushui.kernels.arrays import type_name
 from liushui.kernels.ops import Ops, PackedLinear
 from liushui.kernels.quantised import Quantised
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+    from liushui.kernels.linear import RowCertificate
+
+Linear = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,8 @@ class KernelPolicy:
         if not isinstance(weight, Quantised):
             weight = weight.float().contiguous() if quantise else weight.contiguous()
             if self.numerics == "fast":
+                from liushui.kernels.linear import PlainLinear
+
                 self._linear_kinds.add("vendor product, unconstrained")
                 return PlainLinear(weight, bias)
         packed = self.ops.pack_linear(weight, bias, quantise)
@@ -77,6 +85,8 @@ class KernelPolicy:
             return OpsLinear(self.ops, packed, None if packed.has_bias else bias)
         if isinstance(weight, Quantised):
             raise ValueError(f"{self.ops.name} kernels have no product for {', '.join(weight.kinds)}")
+        from liushui.kernels.linear import CertifiedLinear, RowCertificate
+
         self._linear_kinds.add("vendor product in certified row counts")
         key = (*weight.shape, weight.dtype, bias is None)
         certificate = self._certificates.setdefault(key, RowCertificate())
@@ -89,6 +99,8 @@ class KernelPolicy:
         if self.ops.name == "native" and isinstance(product, OpsLinear):
             return PackedTable(self.ops, product.packed, dtype)
         if isinstance(weight, Quantised):
+            if weight.form in ("int8", "int4"):  # looked up, not multiplied: nothing is rounded
+                weight = replace(weight, form=type_name(dtype))
             packed = self.ops.pack_linear(weight)
             if packed is not None:
                 return PackedTable(self.ops, packed, dtype)

@@ -1,12 +1,15 @@
 """Self-attention over the paged KV cache, shared by all families."""
 
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from liushui.kernels.policy import KernelPolicy, Linear
 from liushui.layers.batch import BatchTensors, KVCache
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)

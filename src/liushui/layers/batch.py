@@ -1,8 +1,14 @@
 """One step of the batch as tensors: ragged rows back to back, no padding."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from liushui.kernels.arrays import Array, type_like, type_name
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +51,22 @@ class KVCache:
         kv_heads: int,
         block_size: int,
         head_dim: int,
-        dtype: torch.dtype,
+        dtype: Any,
         device: torch.device | None = None,
-    ) -> "KVCache":
+    ) -> KVCache:
+        """`dtype`: torch's, or its name: then the memory is numpy's (`kernels.arrays`)."""
         shape = (layers, blocks, kv_heads, block_size, head_dim)
         # Empty, not zeros: pages that are never used are never resident.
-        keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        if dtype is not torch.int8:
+        keys, values = (_empty(shape, dtype, device) for _ in range(2))
+        if type_name(dtype) != "int8":
             return cls(keys, values)
-        scales = torch.empty((2, *shape[:-1]), dtype=torch.float32, device=device)
-        return cls(keys, values, (scales[0], scales[1]))
+        scale = type_like(dtype, "float32")
+        return cls(keys, values, (_empty(shape[:-1], scale, device), _empty(shape[:-1], scale, device)))
+
+
+def _empty(shape: tuple[int, ...], dtype: Any, device: torch.device | None) -> Any:
+    if isinstance(dtype, str):
+        return Array.empty(shape, dtype)
+    import torch
+
+    return torch.empty(shape, dtype=dtype, device=device)

@@ -1,17 +1,20 @@
 """The parts of a decoder layer. Families differ in which parts they put together, not in flags."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from liushui.kernels.ops import Ops
 from liushui.kernels.policy import Linear
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Activation = Callable[["torch.Tensor"], "torch.Tensor"]
 """[T, 2 I] -> [T, I]: a function of the first half, times the second half."""
-ReadStream = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
+ReadStream = Callable[["torch.Tensor | None", "torch.Tensor"], "torch.Tensor"]
 """(update [T, H] or None, residual [T, H]) -> [T, H]: adds the update to the residual in place, and reads the sum."""
 
 
@@ -84,6 +87,8 @@ class NormedQueryKey:
     key: RMSNorm
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        import torch
+
         q, k, v = torch.split(self.product(x), list(self.rows), dim=-1)
         return torch.cat([self.query.alone(q.contiguous()), self.key.alone(k.contiguous()), v], dim=-1)
 

@@ -3,11 +3,11 @@
 Each part has its method; a family overrides those that differ. As they stand here they make Llama.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from liushui.errors import ModelError
 from liushui.kernels.policy import KernelPolicy, Linear
@@ -17,6 +17,9 @@ from liushui.layers.batch import BatchTensors, KVCache
 from liushui.layers.blocks import Activation, DecoderLayer, GatedMLP, RMSNorm
 from liushui.layers.rotary import rope_table
 from liushui.layers.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class DecoderConfig:
     tied: bool
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> "DecoderConfig":
+    def read(cls, config: Mapping[str, Any]) -> DecoderConfig:
         try:
             heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
             return cls(
@@ -93,8 +96,8 @@ class Decoder:
         """Each layer's table [max_positions, rotary dimension]."""
         c, factors = self.config, None
         if (name := "rope_freqs.weight") in weights:
-            factors = weights.take(name, c.head_dim // 2, dtype=torch.float32).cpu()
-        return [rope_table(self.source, c.head_dim, max_positions, factors).to(weights.device)] * c.num_layers
+            factors = weights.take_floats(name, c.head_dim // 2)
+        return [weights.place(rope_table(self.source, c.head_dim, max_positions, factors))] * c.num_layers
 
     def take_norm(self, weights: Weights, name: str, size: int) -> RMSNorm:
         return RMSNorm(self.ops, weights.take(f"{name}.weight", size), self.config.eps)

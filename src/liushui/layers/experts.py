@@ -4,13 +4,16 @@ A token's route and its sum depend on the token alone: scores are sorted with ti
 are formed by exactly rounded operations in a fixed order, and the outputs are added in the order of the experts.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from liushui.kernels.policy import Linear
-from liushui.kernels.reference import exp, tree_sum
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,10 @@ class Router:
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, H] -> (experts [T, k] int64, weights [T, k] float32), best first."""
+        import torch
+
+        from liushui.kernels.reference import exp, tree_sum
+
         scores, order = torch.sort(self.product(x).double(), dim=-1, descending=True, stable=True)
         shares = exp(scores - scores[:, :1])
         best = shares[:, : self.top_k]
@@ -39,6 +46,8 @@ class Experts:
     experts: Sequence[Callable[[torch.Tensor], torch.Tensor]]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        import torch
+
         chosen, weights = self.router(x)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for index in sorted(set(chosen.flatten().tolist())):

@@ -1,14 +1,20 @@
 """Named tensors handed to a model while it builds itself: each asked for once, by name and shape."""
 
+from __future__ import annotations
+
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from liushui.errors import WeightError
 from liushui.kernels.quantised import Quantised
+
+if TYPE_CHECKING:
+    import torch
 
 # Buffers that old checkpoints carry although they can be computed.
 _IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
@@ -17,8 +23,8 @@ _IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias
 READ_AHEAD_BYTES = 128 * 2**20
 """Decoded tensors that may wait for the model: enough to keep both busy, little beside the model itself."""
 
-Load = Callable[[str, torch.dtype], torch.Tensor]
-Read = Callable[[str], torch.Tensor | Quantised]
+Load = Callable[[str, "torch.dtype"], "torch.Tensor"]
+Read = Callable[[str], "torch.Tensor | Quantised"]
 
 
 class ReadAhead:
@@ -98,6 +104,8 @@ class Weights:
         `matrix_dtype`: of the weights of products, if another. `blocks`: a matrix as the file holds it, or None for
         those to be dequantised.
         """
+        import torch
+
         self.dtype, self.device = dtype, device or torch.device("cpu")
         self.matrix_dtype, self._blocks = matrix_dtype or dtype, blocks
         ordered = list(names)
@@ -129,7 +137,24 @@ class Weights:
         if len(whole) == len(found):
             return Quantised.stack(whole)
         dense = [_dense(weight, self.matrix_dtype).to(self.device, self.matrix_dtype) for weight in found]
-        return dense[0] if len(dense) == 1 else torch.cat(dense)
+        if len(dense) == 1:
+            return dense[0]
+        import torch
+
+        return torch.cat(dense)
+
+    def take_floats(self, name: str, count: int) -> np.ndarray:
+        """The vector `name`, [count] float32."""
+        import torch
+
+        values: np.ndarray = self.take(name, count, dtype=torch.float32).cpu().numpy()
+        return values
+
+    def place(self, values: np.ndarray) -> torch.Tensor:
+        """What a model computed itself, where it takes its weights."""
+        import torch
+
+        return torch.from_numpy(values).to(self.device)
 
     def _claim(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._left:
@@ -146,6 +171,8 @@ class Weights:
 
     def take_rows(self, names: Iterable[str], rows: Iterable[int], *rest: int) -> torch.Tensor:
         """Several tensors [rows[i], *rest] as one, stacked along the rows: products that share their input."""
+        import torch
+
         return torch.cat([self.take(name, n, *rest) for name, n in zip(names, rows, strict=True)])
 
     def drop(self, name: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from liushui.kernels.arrays import type_name
 from liushui.kernels.native_step import DecoderParts, LayerParts
 from liushui.kernels.policy import OpsLinear
 from liushui.layers.attention import Attention
@@ -26,8 +27,8 @@ def take_apart(model: Any, address: Address) -> DecoderParts | None:
         return None
     c = model.config
     return DecoderParts(
-        model.norm.weight.dtype, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, layers,
-        model.norm.weight, model.norm.eps, head, scales.pop(), model.logits_divisor,
+        type_name(model.norm.weight.dtype), c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim,
+        layers, model.norm.weight, model.norm.eps, head, scales.pop(), model.logits_divisor,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
-    from liushui.kernels.quantised import Quantised
+    from liushui.kernels.quantised import Quantised, QuantisedRows
 
 
 class Checkpoint(Protocol):
@@ -39,6 +39,10 @@ class Checkpoint(Protocol):
 
     def load_blocks(self, name: str) -> "Quantised | None":
         """A quantised matrix as the file holds it, not dequantised; None for all other tensors."""
+
+    def load_rows(self, name: str) -> "QuantisedRows | None":
+        """A matrix, or a vector as one row, of any type as the file holds it, rows in `load`'s order, without torch;
+        None where the file holds other values or another order."""
 
     def tokenizer(self) -> "Tokenizer":
         """Without truncation and padding. Encode with `add_special_tokens=False` and see `special["add_bos"]`."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
-    from liushui.kernels.quantised import Quantised
+    from liushui.kernels.quantised import Quantised, QuantisedRows
 
 _SAMPLING = {
     "temp": "temperature",
@@ -100,23 +100,34 @@ class GgufCheckpoint:
 
     def load_blocks(self, name: str) -> "Quantised | None":
         """A matrix of a quantised type as the file holds it, rows in `load`'s order; None for all other tensors."""
-        if not self._in_blocks(name):
+        found = self.load_rows(name) if self._in_blocks(name) else None
+        if found is None:
             return None
-        import torch
+        from liushui.kernels.quantised import Quantised
 
-        from liushui.kernels.quantised import Quantised, QuantisedRows
-        from liushui.loading.gguf_quants import dequantise
+        rows: Any = found.rows
+        return Quantised((replace(found, rows=rows.tensor()),))
+
+    def load_rows(self, name: str) -> "QuantisedRows | None":
+        """A matrix or a vector (as one row) of any type as the file holds it, rows in `load`'s order, without torch;
+        None where the file holds other values or another order."""
+        from liushui.kernels.arrays import Array
+        from liushui.kernels.quantised import QuantisedRows
 
         tensor, layout = self._entry(name)
+        if len(tensor.shape) > 2 or layout not in (Layout.SAME, Layout.ROTARY):
+            return None
         packed = self._read(tensor)
         if layout is Layout.ROTARY:
             packed = self._unpermuted(packed, tensor)
-        rows = torch.from_numpy(packed)
 
         def values(dtype: "torch.dtype") -> "torch.Tensor":
-            return dequantise(rows.numpy(), tensor.type, dtype, tensor.name).reshape(tensor.shape)
+            from liushui.loading.gguf_quants import dequantise
 
-        return Quantised((QuantisedRows(rows, tensor.type.name, (tensor.shape[0], tensor.shape[1]), values),))
+            return dequantise(packed, tensor.type, dtype, tensor.name).reshape(tensor.shape)
+
+        shape = tensor.shape[0] if len(tensor.shape) == 2 else 1, tensor.shape[-1]
+        return QuantisedRows(Array(packed), tensor.type.name, shape, values)
 
     def _in_blocks(self, name: str) -> bool:
         tensor, layout = self._entry(name)

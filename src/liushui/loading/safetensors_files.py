@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
+    from liushui.kernels.quantised import QuantisedRows
+
 _BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -169,6 +171,28 @@ class SafetensorsCheckpoint:
         except (SafetensorError, OSError) as error:
             raise WeightError(f"{file}: tensor {name!r} cannot be read: {error}") from error
         return tensor.to(dtype)
+
+    def load_rows(self, name: str) -> "QuantisedRows | None":
+        """A matrix or a vector (as one row) as the file holds it, without torch; None for types of other purposes."""
+        import numpy as np
+
+        from liushui.kernels.arrays import Array
+        from liushui.kernels.quantised import QuantisedRows
+
+        file, entry = self._entry(name)
+        if entry.dtype not in ("F32", "F16", "BF16") or len(entry.shape) not in (1, 2) or 0 in entry.shape:
+            return None
+        size = entry.end - entry.begin
+        try:
+            with file.open("rb") as opened:
+                start = 8 + struct.unpack("<Q", opened.read(8))[0]
+            packed = np.fromfile(file, dtype=np.uint8, count=size, offset=start + entry.begin)
+        except (OSError, struct.error) as error:
+            raise WeightError(f"{file}: tensor {name!r} cannot be read: {error}") from error
+        if packed.size != size:
+            raise WeightError(f"{file}: tensor {name!r} cannot be read: the file has changed")
+        shape = entry.shape[0] if len(entry.shape) == 2 else 1, entry.shape[-1]
+        return QuantisedRows(Array(packed), entry.dtype, shape, lambda dtype: self.load(name, dtype))
 
     def _entry(self, name: str) -> tuple[Path, Entry]:
         if name not in self._entries:

@@ -1,10 +1,10 @@
 """Gemma 3, text (arXiv:2503.19786): five layers with a sliding window to one that sees all, norms on both sides."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from liushui.errors import ModelError
 from liushui.layers.attention import AttentionShape
@@ -12,6 +12,9 @@ from liushui.layers.blocks import Activation, DecoderLayer, RMSNorm, Then
 from liushui.layers.rotary import rope_table
 from liushui.layers.weights import Weights
 from liushui.models.llama import Llama
+
+if TYPE_CHECKING:
+    import torch
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -41,7 +44,7 @@ class Gemma3(Llama):
 
     def rope_tables(self, weights: Weights, max_positions: int) -> Sequence[torch.Tensor]:
         tables = {
-            kind: rope_table(self.rope_config(kind), self.config.head_dim, max_positions).to(weights.device)
+            kind: weights.place(rope_table(self.rope_config(kind), self.config.head_dim, max_positions))
             for kind in (SLIDING, FULL)
         }
         return [tables[self.kind(layer)] for layer in range(self.config.num_layers)]
@@ -68,6 +71,8 @@ class Gemma3(Llama):
         return replace(super().attention_shape(layer), scale=scale, window=window)
 
     def head_norms(self, weights: Weights, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
         query, key = (
             (1.0 + weights.take(f"{prefix}.{name}_norm.weight", self.config.head_dim, dtype=torch.float32))
             for name in "qk"
@@ -88,5 +93,7 @@ class Gemma3(Llama):
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Scaled by the root of the width, rounded to the arithmetic type as in training."""
+        import torch
+
         rows = super().embed(ids)
         return rows.mul_(float(torch.tensor(self.config.hidden_size**0.5, dtype=rows.dtype)))

@@ -1,16 +1,19 @@
 """GPT-2 (Radford et al. 2019): learned positions, LayerNorm, GELU, biases everywhere."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from liushui.errors import ModelError
 from liushui.kernels.policy import KernelPolicy, Linear
 from liushui.layers.attention import Attention, AttentionShape
 from liushui.layers.batch import BatchTensors, KVCache
 from liushui.layers.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,7 @@ class LayerNorm:
     bias: torch.Tensor
 
     @classmethod
-    def take(cls, weights: Weights, prefix: str, size: int) -> "LayerNorm":
+    def take(cls, weights: Weights, prefix: str, size: int) -> LayerNorm:
         return cls(weights.take(f"{prefix}.weight", size), weights.take(f"{prefix}.bias", size))
 
 

@@ -1,13 +1,17 @@
 """Granite 3 (IBM, github.com/ibm-granite): Llama with four multipliers, after muP (arXiv:2203.03466)."""
 
-from dataclasses import replace
+from __future__ import annotations
 
-import torch
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from liushui.layers.attention import AttentionShape
 from liushui.layers.blocks import DecoderLayer, Scale, Then
 from liushui.layers.weights import Weights
 from liushui.models.llama import Llama
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Granite(Llama):

@@ -1,14 +1,18 @@
 """Llama 2 and 3, SmolLM2, TinyLlama, Mistral (arXiv:2302.13971, 2307.09288, 2407.21783, 2310.06825)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from liushui.errors import ModelError
 from liushui.layers.attention import AttentionShape
 from liushui.layers.decoder import Decoder
 from liushui.layers.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Llama(Decoder):

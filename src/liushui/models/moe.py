@@ -1,10 +1,10 @@
 """Mixtral (arXiv:2401.04088) and Qwen3-MoE (arXiv:2505.09388): the MLP of a layer is a mixture of experts."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from liushui.errors import ModelError
 from liushui.layers.attention import AttentionShape
@@ -13,6 +13,9 @@ from liushui.layers.experts import Experts, Router
 from liushui.layers.weights import Weights
 from liushui.models.llama import Mistral
 from liushui.models.qwen import Qwen3
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _count(config: Mapping[str, Any], *names: str) -> int:

@@ -1,11 +1,16 @@
 """Phi-3, Phi-3.5 and Phi-4 (arXiv:2404.14219, 2412.08905): Llama with its products stacked in the checkpoint."""
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from liushui.kernels.quantised import Quantised
 from liushui.layers.attention import AttentionShape
 from liushui.layers.weights import Weights
 from liushui.models.llama import Mistral
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Phi3(Mistral):

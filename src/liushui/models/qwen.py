@@ -1,12 +1,16 @@
 """Qwen2 and Qwen2.5 (arXiv:2407.10671, 2412.15115) and Qwen3 (arXiv:2505.09388)."""
 
-from dataclasses import replace
+from __future__ import annotations
 
-import torch
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from liushui.layers.attention import AttentionShape
 from liushui.layers.decoder import Decoder
 from liushui.layers.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Qwen2(Decoder):

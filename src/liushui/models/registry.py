@@ -1,12 +1,13 @@
 """Architectures by the name that a checkpoint's config gives them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from liushui.errors import ModelError
+from liushui.kernels.arrays import item_bytes, type_name
 from liushui.kernels.policy import KernelPolicy
 from liushui.layers.attention import AttentionShape
 from liushui.layers.batch import BatchTensors, KVCache
@@ -19,6 +20,9 @@ from liushui.models.moe import Mixtral, Qwen3Moe
 from liushui.models.olmo2 import Olmo2
 from liushui.models.phi3 import Phi3
 from liushui.models.qwen import Qwen2, Qwen3
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Model(Protocol):
@@ -46,6 +50,10 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any], Weights, KernelPolicy, int
 }
 
 
+WHOLE = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+"""Those that the native library can run as a whole: their parts are put together without a tensor's arithmetic."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
     """What must be known of a model before its weights are read."""
@@ -57,9 +65,10 @@ class ModelSizes:
     vocab_size: int
     max_positions: int
 
-    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        scale = 4 if dtype is torch.int8 else 0  # float32, for each token and head
-        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * dtype.itemsize + scale)
+    def kv_bytes_per_token(self, dtype: Any) -> int:
+        """`dtype`: torch's, or its name."""
+        scale = 4 if type_name(dtype) == "int8" else 0  # float32, for each token and head
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * item_bytes(dtype) + scale)
 
 
 def architecture(config: Mapping[str, Any]) -> str:

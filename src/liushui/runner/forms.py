@@ -1,13 +1,14 @@
 """In which form the weights of products are held: `EngineConfig.weights` put into practice."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from liushui.config import WeightForm
 from liushui.errors import ParameterError
+from liushui.kernels.arrays import type_like, type_name
 from liushui.kernels.ops import Ops
 from liushui.kernels.quantised import Quantised
 
@@ -22,7 +23,7 @@ class Form:
 
     note: str
     """One line for the start-up report."""
-    dtype: torch.dtype
+    dtype: Any
     """Of weights that are not held in blocks."""
     quantise: str | None = None
     """int8 or int4: quantised at load."""
@@ -30,7 +31,7 @@ class Form:
     """Matrices as the file holds them."""
 
 
-def choose(choice: WeightForm, ops: Ops, dtype: torch.dtype, checkpoint: Any, numerics: str) -> Form:
+def choose(choice: WeightForm, ops: Ops, dtype: Any, checkpoint: Any, numerics: str) -> Form:
     """The form for this machine and file. Raises `ParameterError` for one that cannot be had."""
     kinds: frozenset[str] = getattr(checkpoint, "block_types", frozenset)()
     known: frozenset[str] = getattr(ops, "block_types", frozenset())
@@ -39,12 +40,14 @@ def choose(choice: WeightForm, ops: Ops, dtype: torch.dtype, checkpoint: Any, nu
     if choice in ("int8", "int4"):
         if not able:
             raise ParameterError("weights", f"{choice} needs the native CPU kernels and numerics invariant; {why}")
-        return Form(f"weights: {choice} in groups of 32, quantised at load", torch.float32, quantise=choice)
+        return Form(
+            f"weights: {choice} in groups of 32, quantised at load", type_like(dtype, "float32"), quantise=choice
+        )
     if choice in ("float32", "bf16"):
         return _dense(choice, ops, dtype)
     held = sorted(kinds & known)
     if not kinds:
-        return Form(f"weights: {_name(dtype)}; the file has no quantised ones", dtype)
+        return Form(f"weights: {type_name(dtype)}; the file has no quantised ones", dtype)
     isa = getattr(ops, "isa", "")
     if able and held and (choice == "native" or isa in FASTER_IN_BLOCKS):
         return _native(checkpoint, kinds, known, dtype)
@@ -56,30 +59,26 @@ def choose(choice: WeightForm, ops: Ops, dtype: torch.dtype, checkpoint: Any, nu
         why = f"not known to be slower than blocks with {isa} (--weights native reads fewer bytes)"
     elif able:
         why = f"there are no products for {', '.join(sorted(kinds))}"
-    return Form(f"weights: {', '.join(sorted(kinds))} dequantised to {_name(dtype)}: {why}", dtype)
+    return Form(f"weights: {', '.join(sorted(kinds))} dequantised to {type_name(dtype)}: {why}", dtype)
 
 
-def _native(checkpoint: Any, kinds: frozenset[str], known: frozenset[str], dtype: torch.dtype) -> Form:
+def _native(checkpoint: Any, kinds: frozenset[str], known: frozenset[str], dtype: Any) -> Form:
     def blocks(name: str) -> Quantised | None:
         found: Quantised | None = checkpoint.load_blocks(name)
         return found if found is not None and known.issuperset(found.kinds) else None
 
     note = f"weights: {', '.join(sorted(kinds & known))} as the file has them: the fewest bytes to read"
     if kinds - known:
-        note += f"; {', '.join(sorted(kinds - known))} dequantised to {_name(dtype)}"
+        note += f"; {', '.join(sorted(kinds - known))} dequantised to {type_name(dtype)}"
     return Form(note, dtype, blocks=blocks)
 
 
-def _dense(choice: str, ops: Ops, dtype: torch.dtype) -> Form:
-    wanted = torch.float32 if choice == "float32" else torch.bfloat16
-    if wanted is dtype:
-        return Form(f"weights: {_name(wanted)}", wanted)
-    if wanted is torch.float32:
+def _dense(choice: str, ops: Ops, dtype: Any) -> Form:
+    wanted = type_like(dtype, "float32" if choice == "float32" else "bfloat16")
+    if wanted == dtype:
+        return Form(f"weights: {type_name(wanted)}", wanted)
+    if choice == "float32":
         raise ParameterError("weights", "float32 needs dtype float32")
     if ops.name != "native" or getattr(ops, "isa", "") == "amx":  # its tiles would round float32 rows
         raise ParameterError("weights", "bf16 needs dtype bfloat16 here")
-    return Form(f"weights: bf16, arithmetic {_name(dtype)}", wanted)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return Form(f"weights: bf16, arithmetic {type_name(dtype)}", wanted)

@@ -1,13 +1,19 @@
 """What this machine offers: processor features, cores, free memory."""
 
+from __future__ import annotations
+
+import ctypes
 import os
 import platform
+import sys
 from functools import lru_cache
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from liushui.errors import ParameterError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @lru_cache(maxsize=1)
@@ -31,6 +37,8 @@ def has_bfloat16() -> bool:
 
 def pick_device(choice: str) -> torch.device:
     """`EngineConfig.device` -> the device."""
+    import torch
+
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -41,13 +49,42 @@ def pick_device(choice: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def on_gpu(choice: str) -> bool:
+    """Whether `pick_device` gives a GPU; torch is asked only where there may be one."""
+    if choice == "cpu" or (choice == "auto" and not may_have_gpu()):
+        return False
+    return pick_device(choice).type == "cuda"
+
+
 def pick_dtype(choice: str, device: torch.device | None = None) -> torch.dtype:
     """`EngineConfig.dtype` -> the arithmetic type."""
+    import torch
+
     if choice == "auto" and device is not None and device.type == "cuda":
         return torch.bfloat16
     if choice == "auto":
-        return torch.bfloat16 if has_bfloat16() else torch.float32
+        choice = host_dtype(choice)
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
+
+
+def host_dtype(choice: str) -> str:
+    """`EngineConfig.dtype` -> the name of the arithmetic type on the processor."""
+    if choice == "auto":
+        return "bfloat16" if has_bfloat16() else "float32"
+    return choice
+
+
+def may_have_gpu() -> bool:
+    """False where torch sees no GPU, or would see none for want of NVIDIA's driver: asking that costs nothing."""
+    if "torch" in sys.modules or sys.platform != "linux":
+        import torch
+
+        return torch.cuda.is_available()
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def default_threads() -> int:
@@ -74,6 +111,8 @@ def _cpu_quota() -> int | None:
 
 def set_threads(count: int | None) -> int:
     """Set torch's threads once for the process and return their number."""
+    import torch
+
     threads = count or default_threads()
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
@@ -95,6 +134,8 @@ def free_memory_bytes() -> int:
 
 def free_gpu_bytes(device: torch.device, reserve: int) -> int:
     """Memory of the device that can be taken when `reserve` bytes stay for the steps themselves."""
+    import torch
+
     free, _ = torch.cuda.mem_get_info(device)
     return max(0, free - reserve)
 
@@ -112,6 +153,8 @@ def _available() -> int:
 
 def describe() -> str:
     """One line for reports: processor, cores, matrix features, torch."""
+    import torch
+
     name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,22 +1,30 @@
 """Steps on the processor: pack, forward, choose, all done when the call returns.
 
 Where the native library can run all layers in one call, it also chooses the tokens of the rows that just want the
-most likely one: their logits are never put into memory. All others get theirs, and go through the sampler.
+most likely one: their logits are never put into memory. All others get theirs, and go through the sampler, which is
+torch's. A model of `Array`s runs only the first way, and torch is not loaded until a row wants more.
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
 
-import torch
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from liushui.core.plan import PlanItem, StepPlan, StepResult, TokenLogprobs
+from liushui.kernels.arrays import Array
 from liushui.kernels.native_step import NativeStep
 from liushui.kernels.ops import Ops
 from liushui.layers.batch import BatchTensors, KVCache
 from liushui.layers.whole import take_apart
 from liushui.models.registry import Model
-from liushui.runner.batch import pack
+from liushui.runner.batch import Wrap, pack
 from liushui.runner.sampler import SampleRow, sample, token_logprobs
 from liushui.runner.state import SequenceState
+
+if TYPE_CHECKING:
+    import torch
 
 NOT_FINITE = "the model gave logits that are not finite (NaN or infinity)"
 _LOGIT_ROWS = 64
@@ -39,6 +47,7 @@ class HostSteps:
     def __init__(self, model: Model, kv: KVCache, block_size: int, whole: NativeStep | None = None) -> None:
         self.built, self.kv, self.block_size, self.whole = model, kv, block_size, whole
         self.last_tokens: dict[str, int] = {}
+        self.wrap: Wrap | None = Array if isinstance(kv.keys, Array) else None
 
     def prepare(self, ops: Ops, rows: int, sequences: int) -> None:
         """Take the whole way, for steps of up to `rows` rows, where the model and the kernels have one."""
@@ -54,7 +63,7 @@ class HostSteps:
 
     def run(self, plan: StepPlan, states: Mapping[str, SequenceState], model: Model) -> StepResult:
         """One step of `model`: the one that was built, or one that watches it."""
-        packed = pack(plan, self.block_size, self.last_tokens)
+        packed = pack(plan, self.block_size, self.last_tokens, self.wrap)
         ends = packed.query_start.tolist()
         watched = self.whole is None or model is not self.built
         likely, sampling, asked = self._sort(plan, states, ends, watched)
@@ -95,7 +104,13 @@ class HostSteps:
     def _whole(
         self, whole: NativeStep, batch: BatchTensors, wanted: list[int], greedy: int
     ) -> tuple[torch.Tensor, list[int]]:
-        rows = torch.tensor(wanted, dtype=torch.int32)
+        rows: Any = np.array(wanted, np.int32)
+        if self.wrap is not None:
+            rows = self.wrap(rows)
+        else:
+            import torch
+
+            rows = torch.from_numpy(rows)
         x = self.built.embed(batch.ids)  # type: ignore[attr-defined]
         return whole(
             x, batch.positions, batch.slots, batch.query_start, batch.seq_lens, batch.block_table, rows, greedy
@@ -118,9 +133,9 @@ class HostSteps:
         left = items[known:]
         if left:
             rows = [SampleRow(states[item.seq_id], item.start + item.num_tokens) for item, _ in left]
-            logits = model.logits(hidden[[places[row] for _, row in left]]).float()
+            logits = self._logits(model, hidden, [places[row] for _, row in left])
             # Sampling adjusts in place.
-            raw = {r: logits[r].clone() for r, row in enumerate(rows) if row.state.new.sampling.logprobs is not None}
+            raw = {r: logits[r] + 0 for r, row in enumerate(rows) if row.state.new.sampling.logprobs is not None}
             drawn, finite = sample(logits, rows)
             chosen += [token if right else -1 for token, right in zip(drawn, finite, strict=True)]
         for i, ((item, _), token) in enumerate(zip(items, chosen, strict=True)):
@@ -136,6 +151,13 @@ class HostSteps:
             self.last_tokens[seq_id] = token
         return StepResult(tokens, logprobs, errors=errors)
 
+    def _logits(self, model: Model, hidden: Any, rows: Sequence[int]) -> Any:
+        """[R, vocab] float32 of those rows of the hidden states, numpy's or torch's as they are."""
+        if not isinstance(hidden, Array):
+            return model.logits(hidden[list(rows)]).float()
+        logits: Any = model.logits(hidden.rows(rows))  # type: ignore[arg-type]
+        return logits.float().values
+
     @staticmethod
     def _prompt_rows(item: PlanItem, states: Mapping[str, SequenceState]) -> range:
         return states[item.seq_id].new.prompt_rows(item.start, item.num_tokens)
@@ -150,7 +172,7 @@ class HostSteps:
         for begin in rows[::_LOGIT_ROWS]:
             end = min(begin + _LOGIT_ROWS, rows.stop)
             at = place + begin - rows.start
-            logits = model.logits(hidden[at : at + end - begin]).float()
+            logits = self._logits(model, hidden, range(at, at + end - begin))
             for position, line in zip(range(begin, end), logits, strict=True):
                 found.append((position + 1, token_logprobs(line, new.prompt_token_ids[position + 1], top)))
         return found

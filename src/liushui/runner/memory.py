@@ -1,11 +1,13 @@
 """How much memory the KV cache gets, and what that means in tokens and requests."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import Any
 
 from liushui.config import EngineConfig
 from liushui.errors import CapacityError, ParameterError
+from liushui.kernels.arrays import type_like, type_name
 from liushui.models.registry import ModelSizes
 
 GIB = 2**30
@@ -33,9 +35,9 @@ BLOCK_SIZE = 16
 """Tokens in a block, unless the settings or the device say otherwise."""
 
 
-def pick_kv_dtype(config: EngineConfig, dtype: torch.dtype, ops_name: str) -> torch.dtype:
+def pick_kv_dtype(config: EngineConfig, dtype: Any, ops_name: str) -> Any:
     """`EngineConfig.kv_cache_dtype` -> the type of the cache. Raises `ParameterError` for one that cannot be had."""
-    arithmetic = str(dtype).removeprefix("torch.")
+    arithmetic = type_name(dtype)
     if config.kv_cache_dtype in ("auto", arithmetic):
         return dtype
     if config.kv_cache_dtype != "int8":
@@ -48,12 +50,10 @@ def pick_kv_dtype(config: EngineConfig, dtype: torch.dtype, ops_name: str) -> to
         raise ParameterError(
             "kv_cache_dtype", f"int8 needs the native CPU kernels, not {ops_name} kernels; choose auto"
         )
-    return torch.int8
+    return type_like(dtype, "int8")
 
 
-def plan_kv(
-    config: EngineConfig, sizes: ModelSizes, dtype: torch.dtype, free_bytes: int, *, on_gpu: bool = False
-) -> KVPlan:
+def plan_kv(config: EngineConfig, sizes: ModelSizes, dtype: Any, free_bytes: int, *, on_gpu: bool = False) -> KVPlan:
     """Size the cache. Raises `CapacityError` naming the setting that asks for the impossible.
 
     `free_bytes`: what may be taken. A GPU is there to be filled, so it is; of a processor's memory only a part.

@@ -1,21 +1,21 @@
 """`StepPlan` in, tokens out: pack, forward, sample. On a CPU here, on a GPU in `device`."""
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from liushui.config import EngineConfig
 from liushui.core.plan import Pending, StepPlan, StepResult
 from liushui.errors import ParameterError
-from liushui.kernels.ops import Ops, load_ops
+from liushui.kernels.arrays import type_name
+from liushui.kernels.ops import Ops, load_native, load_ops
 from liushui.kernels.policy import KernelPolicy
 from liushui.layers.batch import KVCache
-from liushui.layers.weights import Weights
-from liushui.models.registry import Model, ModelSizes, build, sizes
+from liushui.layers.rows import NotPlainError, RowWeights
+from liushui.models.registry import WHOLE, Model, ModelSizes, build, sizes
 from liushui.runner import forms, hardware
-from liushui.runner.gpu_memory import named_when_exhausted, reserve_for_steps
 from liushui.runner.host import HostSteps
 from liushui.runner.memory import KVPlan, pick_kv_dtype, plan_kv
 from liushui.runner.state import SequenceState
@@ -51,11 +51,12 @@ class Runner:
         model: Model,
         sizes: ModelSizes,
         plan: KVPlan,
-        dtype: torch.dtype,
+        dtype: Any,
         notes: list[str] | None = None,
         device: torch.device | None = None,
-        kv_dtype: torch.dtype | None = None,
+        kv_dtype: Any = None,
     ) -> None:
+        """`dtype`, `kv_dtype`: torch's types, or their names for a model of `Array`s."""
         self.model, self.vocab_size, self.dtype = model, sizes.vocab_size, dtype
         self.num_blocks, self.block_size, self.max_model_len = plan.num_blocks, plan.block_size, plan.max_model_len
         self.notes = [*(notes or []), *plan.notes]
@@ -71,11 +72,55 @@ class Runner:
         """Whether weights were quantised at load, or are held in the file's blocks; products then round their rows."""
         self.depth = 0
         """Steps worth keeping in flight while the next one is planned."""
+        self._source: tuple[EngineConfig, Any] | None = None
+        """Of a model of `Array`s: what it was made from."""
 
     @classmethod
-    def load(cls, config: EngineConfig, checkpoint: Checkpoint) -> "Runner":
-        """Read the weights, choose the kernels, size the KV cache."""
+    def load(cls, config: EngineConfig, checkpoint: Checkpoint) -> Runner:
+        """Read the weights, choose the kernels, size the KV cache. Torch is loaded only where it is needed."""
         started = time.perf_counter()
+        runner = cls._load_plain(config, checkpoint, started) if may_be_plain(config, checkpoint) else None
+        return runner or cls._load_any(config, checkpoint, started)
+
+    @classmethod
+    def _load_plain(cls, config: EngineConfig, checkpoint: Any, started: float) -> Runner | None:
+        """All by the native library, without torch; None where that cannot be."""
+        threads = config.threads or hardware.default_threads()
+        config = config.settled(False)
+        ops: Any = load_native(threads)
+        if ops is None:
+            return None
+        dtype, shape = hardware.host_dtype(config.dtype), sizes(checkpoint.config)
+        form = forms.choose(config.weights, ops, dtype, checkpoint, config.numerics)
+        policy = KernelPolicy(ops, config.numerics, form.quantise)
+        held, kept = form.quantise or form.dtype, ops.block_types if form.blocks is not None else frozenset()
+        weights = RowWeights(
+            checkpoint.names(), checkpoint.shape, checkpoint.load_rows, ops.products, dtype, held, kept
+        )
+        longest = min(config.max_model_len or shape.max_positions, shape.max_positions)
+        try:
+            model = build(checkpoint.config, weights, policy, longest)
+        except NotPlainError:
+            return None
+        ops.share_threads(with_torch=False)
+        kv_dtype = pick_kv_dtype(config, dtype, ops.name)
+        plan = plan_kv(config, shape, kv_dtype, hardware.free_memory_bytes())
+        notes = notes_of(shape, dtype, started, form, policy, ops, threads, kv_dtype)
+        runner = cls(model, shape, plan, dtype, notes, None, kv_dtype)
+        runner.quantised, runner.in_blocks = form.quantise is not None, form.blocks is not None
+        runner.host.prepare(ops, config.step_tokens, config.seats)
+        if runner.host.whole is None:
+            return None
+        runner._source = config, checkpoint
+        return runner
+
+    @classmethod
+    def _load_any(cls, config: EngineConfig, checkpoint: Checkpoint, started: float) -> Runner:
+        import torch
+
+        from liushui.layers.weights import Weights
+        from liushui.runner.gpu_memory import named_when_exhausted, reserve_for_steps
+
         threads = hardware.set_threads(config.threads)
         device = hardware.pick_device(config.device)
         config = config.settled(device.type == "cuda")
@@ -106,16 +151,7 @@ class Runner:
         free = hardware.free_gpu_bytes(device, reserve) if on_gpu else hardware.free_memory_bytes()
         kv_dtype = pick_kv_dtype(config, dtype, ops.name)
         plan = plan_kv(config, shape, kv_dtype, free, on_gpu=on_gpu)
-        notes = [
-            f"model: {shape.architecture}, {str(dtype).removeprefix('torch.')}, weights read in "
-            f"{time.perf_counter() - started:.2f} s",
-            form.note,
-            f"{policy.describe()}; {threads} threads",
-        ]
-        if getattr(ops, "note", None):
-            notes.append(str(ops.note))
-        if kv_dtype is torch.int8:
-            notes.append("KV cache in int8, with a scale for each token and head: answers differ a little")
+        notes = notes_of(shape, dtype, started, form, policy, ops, threads, kv_dtype)
         with named_when_exhausted(device):
             runner = cls(model, shape, plan, dtype, notes, device, kv_dtype)
         runner.quantised, runner.in_blocks = form.quantise is not None, form.blocks is not None
@@ -126,6 +162,20 @@ class Runner:
         if rehearsal is not None:
             runner.notes.append(rehearsal.finish())
         return runner
+
+    def need_layers(self) -> None:
+        """From now on `model` can be run layer by layer, for those who watch it; what is cached stays."""
+        if self._source is None:
+            return
+        config, checkpoint = self._source
+        whole = Runner._load_any(config, checkpoint, time.perf_counter())
+        views = [part.tensor() for part in (self.kv.keys, self.kv.values, *(self.kv.scales or ()))]
+        kv = KVCache(views[0], views[1], (views[2], views[3]) if len(views) > 2 else None)
+        whole.host.kv = whole.kv = kv
+        whole.host.last_tokens = self.host.last_tokens
+        whole.host.prepare(whole.model.policy.ops, config.step_tokens, config.seats)  # type: ignore[attr-defined]
+        self.model, self.kv, self.host, self.dtype = whole.model, kv, whole.host, whole.dtype
+        self._source = None
 
     def _run_on(self, device: torch.device, ops: Ops, config: EngineConfig) -> None:
         """Let steps run on a device, one ahead of the host."""
@@ -139,7 +189,6 @@ class Runner:
         if self.steps.graph_failure is not None:
             self.notes.append(f"steps are not captured as CUDA graphs: {self.steps.graph_failure}")
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Pending:
         """Run one step. On a CPU, where there is nothing to overlap with, the result is ready on return."""
         for seq_id in plan.dropped:
@@ -147,9 +196,40 @@ class Runner:
             self.host.forget(seq_id)
         for new in plan.new:
             self.states[new.seq_id] = SequenceState(new)
-        if self.steps is not None:
-            return self.steps.start(plan, self.states)
-        return Done(self.host.run(plan, self.states, self.model))
+        if self._source is not None:
+            return Done(self.host.run(plan, self.states, self.model))
+        import torch
+
+        with torch.inference_mode():
+            if self.steps is not None:
+                return self.steps.start(plan, self.states)
+            return Done(self.host.run(plan, self.states, self.model))
+
+
+def may_be_plain(config: EngineConfig, checkpoint: Any) -> bool:
+    """Whether the model may run without torch: on the processor, by native kernels alone, from readable rows."""
+    if config.kernels not in ("auto", "native") or config.numerics != "invariant" or config.device == "cuda":
+        return False
+    names = checkpoint.config.get("architectures") or [""]
+    known = names[0] in WHOLE and hasattr(checkpoint, "load_rows")
+    return known and (config.device == "cpu" or not hardware.may_have_gpu())
+
+
+def notes_of(
+    shape: ModelSizes, dtype: Any, started: float, form: forms.Form, policy: KernelPolicy, ops: Ops, threads: int,
+    kv_dtype: Any,
+) -> list[str]:  # fmt: skip
+    """The runner's lines of the start-up report."""
+    notes = [
+        f"model: {shape.architecture}, {type_name(dtype)}, weights read in {time.perf_counter() - started:.2f} s",
+        form.note,
+        f"{policy.describe()}; {threads} threads",
+    ]
+    if getattr(ops, "note", None):
+        notes.append(str(ops.note))
+    if type_name(kv_dtype) == "int8":
+        notes.append("KV cache in int8, with a scale for each token and head: answers differ a little")
+    return notes
 
 
 def pick_ops(config: EngineConfig, device: torch.device, threads: int) -> Ops:
@@ -171,6 +251,8 @@ def pick_ops(config: EngineConfig, device: torch.device, threads: int) -> Ops:
 
 
 if TYPE_CHECKING:
+    import torch
+
     from liushui.core.plan import Executor
     from liushui.runner.device import DeviceSteps
 

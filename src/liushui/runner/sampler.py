@@ -6,20 +6,27 @@ The axis matters: for one sequence the logits are [vocab] and `argmax()` has one
 Order: logit_bias and min_tokens, penalties, temperature, min_p, top_k, top_p (as vLLM). Every step over many rows at
 once is exactly rounded arithmetic, a comparison or integer work, so that a row's bits cannot depend on its
 neighbours; transcendental functions, whose vector forms may treat a tensor's last elements differently, are applied
-to one row at a time.
+to one row at a time. numpy does it, so that torch need not be loaded for drawing alone.
 """
+
+from __future__ import annotations
 
 import itertools
 import math
+import sys
+import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from liushui.core.plan import TokenLogprobs
 from liushui.core.request import SamplingParams
 from liushui.runner.noise import MAX_GUMBEL, gumbel, row_key
 from liushui.runner.state import SequenceState
+
+if TYPE_CHECKING:
+    import torch
 
 _NUCLEUS = 1024
 """Tokens sorted at first for top_p; a flatter row is sorted whole."""
@@ -33,13 +40,16 @@ class SampleRow:
     position: int
 
 
-def sample(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[list[int], list[bool]]:
-    """logits [R, vocab] float32 (adjusted in place), R rows -> (token ids, whether the row's logits were finite)."""
-    adjust(logits, rows)
-    best = logits.argmax(dim=-1)
-    top = logits.gather(1, best[:, None])[:, 0]
+def sample(logits: Any, rows: list[SampleRow]) -> tuple[list[int], list[bool]]:
+    """logits [R, vocab] float32 on the host, numpy's or torch's (adjusted in place), R rows -> (token ids, whether the
+    row's logits were finite)."""
+    logits = np.asarray(logits)
+    if any(row.state.adjusts_logits for row in rows):
+        adjust(_torch().from_numpy(logits), rows)
+    best = logits.argmax(axis=-1)
+    top = logits[np.arange(len(rows)), best]
     tokens: list[int] = best.tolist()
-    finite: list[bool] = torch.isfinite(top).tolist()
+    finite: list[bool] = np.isfinite(top).tolist()
     drawn = [r for r, row in enumerate(rows) if not row.state.new.sampling.greedy and finite[r]]
     if drawn:
         picked = _draw(logits[drawn] if len(drawn) < len(rows) else logits, [rows[r] for r in drawn], best[drawn])
@@ -50,6 +60,7 @@ def sample(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[list[int], list
 
 def adjust(logits: torch.Tensor, rows: list[SampleRow]) -> None:
     """Bias, banned stops and penalties; few rows have any, so each touches only its own tokens."""
+    torch = _torch()
     for r, row in enumerate(rows):
         state = row.state
         if not state.adjusts_logits:
@@ -70,23 +81,20 @@ def adjust(logits: torch.Tensor, rows: list[SampleRow]) -> None:
             line[tokens] -= counts * params.frequency_penalty + params.presence_penalty
 
 
-def _draw(logits: torch.Tensor, rows: list[SampleRow], best: torch.Tensor) -> list[int]:
+def _draw(logits: np.ndarray, rows: list[SampleRow], best: np.ndarray) -> list[int]:
     """Gumbel-max over each row's kept tokens.
 
     A token can only win if its scaled logit is within MAX_GUMBEL of what the best token already reaches with its own
     noise, so noise is computed for those alone: the result is exactly that of noise for the whole vocabulary.
     """
-    temperature = torch.tensor([row.state.new.sampling.temperature for row in rows], dtype=torch.float32)
+    temperature = np.array([row.state.new.sampling.temperature for row in rows], np.float32)
     scaled = logits / temperature[:, None]
     keys = np.array([row_key(row.state.new.seed, row.position) for row in rows], np.uint32)
     kept = _thresholds(scaled, [row.state.new.sampling for row in rows], best)
-    noise_of_best = gumbel(keys[:, 0], keys[:, 1], best.numpy())
-    reached = scaled.gather(1, best[:, None])[:, 0].double().numpy() + noise_of_best
-    can_win = torch.from_numpy(reached - MAX_GUMBEL).float()
-    candidates = (scaled >= torch.maximum(kept, can_win)[:, None]).nonzero().numpy()
-    owner, tokens = candidates[:, 0], candidates[:, 1]
-    values = scaled[owner, tokens].double().numpy()
-    scores = values + gumbel(keys[owner, 0], keys[owner, 1], tokens)
+    reached = scaled[np.arange(len(rows)), best].astype(np.float64) + gumbel(keys[:, 0], keys[:, 1], best)
+    can_win = (reached - MAX_GUMBEL).astype(np.float32)
+    owner, tokens = np.nonzero(scaled >= np.maximum(kept, can_win)[:, None])
+    scores = scaled[owner, tokens].astype(np.float64) + gumbel(keys[owner, 0], keys[owner, 1], tokens)
     bounds = np.searchsorted(owner, np.arange(len(rows) + 1))
     return [
         int(tokens[a + scores[a:b].argmax()]) if b > a else int(best[r])
@@ -94,40 +102,60 @@ def _draw(logits: torch.Tensor, rows: list[SampleRow], best: torch.Tensor) -> li
     ]
 
 
-def _thresholds(scaled: torch.Tensor, params: list[SamplingParams], best: torch.Tensor) -> torch.Tensor:
+def _thresholds(scaled: Any, params: list[SamplingParams], best: Any) -> np.ndarray:
     """[R] float32: the smallest scaled logit each row may still choose; ties at the edge stay in."""
+    scaled, best = np.asarray(scaled), np.asarray(best)
     vocab = scaled.shape[1]
-    limits = torch.full((len(params),), -math.inf)
-    top = scaled.gather(1, best[:, None])[:, 0].tolist()
+    limits = np.full(len(params), -math.inf, np.float32)
+    top = scaled[np.arange(len(params)), best].tolist()
     for r, p in enumerate(params):
         if p.min_p > 0:
             limits[r] = top[r] + math.log(p.min_p)
         if 0 < p.top_k < vocab:
-            limits[r] = max(float(limits[r]), float(scaled[r].topk(p.top_k).values[-1]))
+            limits[r] = max(float(limits[r]), float(np.partition(scaled[r], vocab - p.top_k)[vocab - p.top_k]))
         if p.top_p < 1:
             limits[r] = max(float(limits[r]), _nucleus_edge(scaled[r], float(limits[r]), p.top_p))
     return limits
 
 
-def _nucleus_edge(line: torch.Tensor, limit: float, top_p: float) -> float:
+def _nucleus_edge(line: np.ndarray, limit: float, top_p: float) -> float:
     """Smallest logit of the nucleus (Holtzman et al. 2019, arXiv:1904.09751) among the tokens >= limit."""
     kept = line[line >= limit] if limit > -math.inf else line
-    total = float(kept.double().logsumexp(0))
+    wide = kept.astype(np.float64)
+    highest = wide.max()
+    total = highest + np.log(np.exp(wide - highest).sum())
     size = min(_NUCLEUS, len(kept))
     while True:
-        ordered = kept.topk(size).values
-        mass = (ordered.double() - total).exp().cumsum(0)
+        ordered = np.sort(np.partition(kept, len(kept) - size)[len(kept) - size :])[::-1]
+        mass = np.exp(ordered.astype(np.float64) - total).cumsum()
         inside = int((mass < top_p).sum())  # tokens before the one that reaches top_p
         if inside < size or size == len(kept):
             return float(ordered[min(inside, size - 1)])
         size = len(kept)
 
 
-def token_logprobs(line: torch.Tensor, token: int, top: int) -> TokenLogprobs:
+def token_logprobs(line: Any, token: int, top: int) -> TokenLogprobs:
     """Log-probabilities of one row [vocab] of unadjusted logits: of `token`, and of the `top` most likely."""
-    logprobs = torch.log_softmax(line.float(), dim=-1)
+    torch = _torch()
+    logprobs = torch.log_softmax(torch.as_tensor(line).float(), dim=-1)
     chosen = logprobs[token]
     rank = int((logprobs > chosen).sum()) + 1
     best = logprobs.topk(top) if top else None
     pairs = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else ()
     return TokenLogprobs(token, float(chosen), rank, pairs)
+
+
+def bring_torch() -> None:
+    """Load torch on a thread of its own: where many are served, a row that needs it must not hold up the others."""
+    if "torch" not in sys.modules:
+        threading.Thread(target=_torch, name="liushui-torch", daemon=True).start()
+
+
+def _torch() -> Any:
+    """torch. Where it comes only now it gets one thread: the native step's have the processors."""
+    late = "torch" not in sys.modules
+    import torch
+
+    if late:
+        torch.set_num_threads(1)
+    return torch

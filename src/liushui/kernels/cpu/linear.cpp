@@ -3,6 +3,7 @@
 #include "amx_int8.h"
 #include "gemm.h"
 #include "quant_pack.h"
+#include "unpack.h"
 
 namespace liushui {
 namespace LS_ISA {
@@ -102,10 +103,11 @@ long weight_bytes(const PackedWeight& w) {
   return panels * quant_panel_bytes(w);
 }
 
+// Floating point weights are packed from every type, by way of its values.
 bool can_pack(int format, int source) {
+  if (format == kWeightF32 || format == kWeightBF16) return unpack_block(source).elements > 0;
   switch (source) {
-    case kFromF32: return format == kWeightF32 || format == kInt8 || format == kInt4;
-    case kFromBF16: return format == kWeightBF16;
+    case kFromF32: return format == kInt8 || format == kInt4;
     case kFromQ8_0:
     case kFromQ5_0: return format == kInt8;
     case kFromQ4_0: return format == kInt4;
@@ -123,28 +125,72 @@ struct PackTask {
   void* data;
 };
 
-void pack_panel(void* context, long panel) {
-  const PackTask& a = *(const PackTask*)context;
-  const PackedWeight& w = *a.w;
-  if (is_integer(w))
-    return quant_pack_panel(w, a.source, (const uint8_t*)a.rows, source_row_bytes(a.source, w.k), panel,
-                            (uint8_t*)a.data);
-  if (w.format == kWeightF32) return gemm_pack_panel((const float*)a.rows, w.n, w.k, panel, (float*)a.data);
-#if defined(LS_TILE_BF16)
-  bf16_pack_panel((const bf16*)a.rows, w.n, w.k, panel, (bf16*)a.data);
-#else
-  gemm_pack_panel((const bf16*)a.rows, w.n, w.k, panel, (bf16*)a.data);
-#endif
-}
-
-long panels_of(const PackedWeight& w) {
+// Columns of a panel.
+long panel_width(const PackedWeight& w) {
 #if defined(LS_TILE_BF16)
   const bool wide = w.format == kWeightF32;
 #else
   const bool wide = !is_integer(w);
 #endif
-  const long width = wide ? kPanel : kColumns;
-  return (w.n + width - 1) / width;
+  return wide ? kPanel : kColumns;
+}
+
+long panels_of(const PackedWeight& w) { return (w.n + panel_width(w) - 1) / panel_width(w); }
+
+// Panel 0 of the `width` rows of floats at `rows`.
+void pack_dense(const float* rows, long width, long k, float* to) { gemm_pack_panel(rows, width, k, 0, to); }
+
+void pack_dense(const bf16* rows, long width, long k, bf16* to) {
+#if defined(LS_TILE_BF16)
+  bf16_pack_panel(rows, width, k, 0, to);
+#else
+  gemm_pack_panel(rows, width, k, 0, to);
+#endif
+}
+
+// The rows of one panel are unpacked where they stay in the cache: the weight is nowhere in floating point as a whole.
+template <class T>
+void pack_values(const PackTask& a, long panel) {
+  const PackedWeight& w = *a.w;
+  const BlockSize block = unpack_block(a.source);
+  const long width = panel_width(w), first = panel * width, last = min_of(first + width, w.n);
+  const uint8_t* rows = (const uint8_t*)a.rows;
+  char* to = (char*)a.data + panel * (weight_bytes(w) / panels_of(w));
+  if (a.source == (sizeof(T) == 4 ? kFromF32 : kFromBF16))
+    return pack_dense((const T*)(rows + first * (w.k / block.elements * block.bytes)), last - first, w.k, (T*)to);
+  T* values = (T*)scratch(kShared, (size_t)(width * w.k) * sizeof(T));
+  unpack_rows(a.source, rows, w.k, first, last, values);
+  pack_dense(values, last - first, w.k, (T*)to);
+}
+
+void pack_panel(void* context, long panel) {
+  const PackTask& a = *(const PackTask*)context;
+  const PackedWeight& w = *a.w;
+  if (is_integer(w))
+    quant_pack_panel(w, a.source, (const uint8_t*)a.rows, source_row_bytes(a.source, w.k), panel, (uint8_t*)a.data);
+  else if (w.format == kWeightF32)
+    pack_values<float>(a, panel);
+  else
+    pack_values<bf16>(a, panel);
+}
+
+struct UnpackTask {
+  int source;
+  const uint8_t* rows;
+  long n, k;
+  void* out;
+  int out_type;
+};
+
+constexpr long kUnpackRows = 8;
+
+void unpack_task(void* context, long task) {
+  const UnpackTask& a = *(const UnpackTask*)context;
+  const long begin = task * kUnpackRows, end = min_of(a.n, begin + kUnpackRows);
+  if (a.out_type == kBFloat16)
+    unpack_rows(a.source, a.rows, a.k, begin, end, (bf16*)a.out + begin * a.k);
+  else
+    unpack_rows(a.source, a.rows, a.k, begin, end, (float*)a.out + begin * a.k);
 }
 
 struct ProductTask {
@@ -198,10 +244,20 @@ LS_EXPORT(int64_t, weight_bytes)(const PackedWeight* w) { return weight_bytes(*w
 // `rows` [n, bytes of a row of `source`] -> data, weight_bytes long. Non-zero: no such conversion, or k is no whole
 // number of the source's blocks.
 LS_EXPORT(int, pack)(int threads, const PackedWeight* w, int source, const void* rows, void* data) {
-  if (!can_pack(w->format, source) || weight_bytes(*w) < 0 || w->k % source_block(source)) return 1;
+  if (!can_pack(w->format, source) || weight_bytes(*w) < 0 || w->k % unpack_block(source).elements) return 1;
   use_huge_pages(data, (size_t)weight_bytes(*w));
   PackTask task = {w, source, (const char*)rows, data};
   parallel(threads, panels_of(*w), pack_panel, &task);
+  return 0;
+}
+
+// The values of `rows` [n, bytes of a row of `source`] -> out [n, k]. Non-zero: an unknown type, or k is no whole number
+// of its blocks.
+LS_EXPORT(int, unpack)(int threads, int source, const void* rows, long n, long k, void* out, int out_type) {
+  const BlockSize block = unpack_block(source);
+  if (block.elements == 0 || k % block.elements) return 1;
+  UnpackTask task = {source, (const uint8_t*)rows, n, k, out, out_type};
+  parallel(threads, (n + kUnpackRows - 1) / kUnpackRows, unpack_task, &task);
   return 0;
 }
 
