@@ -43,11 +43,15 @@ def two_threads() -> Iterator[None]:
         (Heads(3, 3, 7), 1, None),
         (Heads(20, 1, 16), 40, None),
         (Heads(2, 1, 16), 700, 600),
+        (Heads(7, 1, 32), 300, None),
+        (Heads(8, 1, 256), 270, 200),
+        (Heads(16, 2, 40), 257, None),
     ],
 )
-def test_matches_float64(heads: Heads, length: int, window: int | None) -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+def test_matches_float64(heads: Heads, length: int, window: int | None, sign: int) -> None:
     sequence = Sequence.random(heads, length, torch.bfloat16, seed=length)
-    scale = heads.dim**-0.5
+    scale = sign * heads.dim**-0.5
     (got,) = attend(_OPS[2], [Share(sequence, 0, length)], scale, window, padding=3)
     torch.testing.assert_close(got.double(), sequence.expected(scale, window), rtol=0, atol=1.6e-2)
 
@@ -92,8 +96,76 @@ def test_long_sequences_in_splits() -> None:
     """Beyond one split of keys a lone decode is spread over threads and merged; a batch is not."""
     heads = Heads(6, 2, 24)
     sequences = [Sequence.random(heads, 1300, torch.bfloat16, seed) for seed in range(8)]
-    batched = attend(_OPS[2], [Share(s, 1299, 1300) for s in sequences])
-    (alone,) = attend(_OPS[2], [Share(sequences[5], 1299, 1300)])
-    (chunk,) = attend(_OPS[2], [Share(sequences[5], 1240, 1300)])
-    assert torch.equal(alone, batched[5])
-    assert torch.equal(chunk[-1:], alone)
+    for window in (None, 700):
+        batched = attend(_OPS[2], [Share(s, 1299, 1300) for s in sequences], window=window)
+        (alone,) = attend(_OPS[2], [Share(sequences[5], 1299, 1300)], window=window)
+        (chunk,) = attend(_OPS[2], [Share(sequences[5], 1240, 1300)], window=window)
+        assert torch.equal(alone, batched[5])
+        assert torch.equal(chunk[-1:], alone)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 4, 5, 8, 9, 16, 20])
+@pytest.mark.parametrize("window", [None, 300])
+def test_a_row_alone_is_the_row_in_a_prompt(queries: int, window: int | None) -> None:
+    """However many rows share a vector: every position computed alone, against the prompt in one piece."""
+    heads = Heads(queries, 1, 32)
+    sequence = Sequence.random(heads, 600, torch.bfloat16, seed=queries)
+    (whole,) = attend(_OPS[2], [Share(sequence, 0, 600)], window=window)
+    for position in (0, 1, 31, 32, 255, 256, 257, 300, 511, 512, 599):
+        (alone,) = attend(_OPS[1], [Share(sequence, position, position + 1)], window=window)
+        assert torch.equal(alone[0], whole[position])
+
+
+def test_zeros_keep_no_sign() -> None:
+    """Values so small that sums vanish, on either side of zero: the same zero in company of later tokens."""
+    heads = Heads(1, 1, 16)
+    sequence = Sequence.random(heads, 40, torch.bfloat16, seed=4)
+    sequence.qkv[:, 32:] *= 1.2e-38
+    (whole,) = attend(_OPS[1], [Share(sequence, 0, 40)])
+    for position in range(40):
+        (alone,) = attend(_OPS[1], [Share(sequence, position, position + 1)])
+        assert torch.equal(alone[0].view(torch.int16), whole[position].view(torch.int16))
+
+
+def test_large_scores_and_one_key() -> None:
+    """Scores in the thousands: the largest takes all. A first token's output is its own value, exactly."""
+    heads = Heads(2, 1, 16)
+    sequence = Sequence.random(heads, 300, torch.bfloat16, seed=3)
+    (got,) = attend(_OPS[1], [Share(sequence, 0, 300)], scale=300.0)
+    close = (got.double() - sequence.expected(300.0, None)).abs().amax(1)
+    assert close.median() < 1e-3
+    assert torch.equal(got[0], sequence.split()[2][0].repeat(2, 1).flatten())
+
+
+def test_values_that_only_some_rows_see_are_not_finite_in_a_long_prompt() -> None:
+    heads = Heads(2, 1, 32)
+    sequence = Sequence.random(heads, 600, torch.bfloat16, seed=6)
+    clean = Sequence(heads, sequence.qkv.clone())
+    sequence.qkv[:, -32:][400:] = torch.inf
+    (got,), (expected,) = (attend(_OPS[2], [Share(s, 0, 600)]) for s in (sequence, clean))
+    assert torch.equal(got[:400], expected[:400])
+    assert not torch.isfinite(got[400:]).any()
+
+
+@pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(1, 1, 20), Heads(8, 1, 32)])
+def test_int8_keys_and_values(heads: Heads) -> None:
+    """Scales that are powers of two: what lies in the cache is exactly what bfloat16 would hold."""
+    generator = torch.Generator().manual_seed(8)
+    length, blocks = 300, 19
+    held = [torch.randint(-127, 128, (blocks, 1, 16, heads.dim), generator=generator).to(torch.int8) for _ in range(2)]
+    scales = [torch.exp2(torch.randint(-8, -5, (blocks, 1, 16), generator=generator).float()) for _ in range(2)]
+    plain = [(x * s[..., None]).bfloat16() for x, s in zip(held, scales, strict=True)]
+    qkv = torch.randn(length, (heads.queries + 2) * heads.dim, generator=generator).bfloat16()
+    table = torch.arange(blocks, dtype=torch.int32)[None]
+
+    def rows(start: int, end: int, *, integers: bool) -> torch.Tensor:
+        starts, lens = torch.tensor([0, end - start], dtype=torch.int32), torch.tensor([end], dtype=torch.int32)
+        k, v = held if integers else plain
+        return _OPS[2].attention(
+            qkv[start:end].contiguous(), heads.queries, 1, heads.dim, k, v, starts, lens, table, 0.2, None,
+            (scales[0], scales[1]) if integers else None,
+        )  # fmt: skip
+
+    whole = rows(0, length, integers=True)
+    torch.testing.assert_close(whole.float(), rows(0, length, integers=False).float(), rtol=0, atol=6e-3)
+    assert torch.equal(rows(290, 291, integers=True)[0], whole[290])

@@ -7,59 +7,15 @@
 // (NaN, say) is harmless.
 #pragma once
 #include "attention_block.h"
-#include "attention_tiles.h"
-#include "library.h"
+#include "attention_keys.h"
+#include "attention_tiled.h"
 
 namespace {
-
-using liushui::AttentionTask;
-using liushui::kSplit;
-static_assert(kSplit % kKeys == 0, "splits are whole blocks");
-
-// T: arithmetic; K: what the cache holds, T itself or int8 with a scale for each token and head.
-template <class T, class K>
-struct Attention {
-  const T* qkv;
-  const K *k_cache, *v_cache;
-  const float *k_scales, *v_scales;  // [num_blocks, num_kv_heads, block_size], for int8
-  T* out;
-  const int32_t *query_start, *seq_lens, *block_table;
-  int num_sequences, num_heads, num_kv_heads, head_dim, block_size, max_blocks;
-  long rows, num_blocks, qkv_stride;
-  float scale;
-  int window;  // 0: none
-  int threads;
-  liushui::AttentionPlan plan;
-  float* partials;
-  int bad;
-
-  int group() const { return num_heads / num_kv_heads; }
-  long padded_dim() const { return round_up(head_dim, W); }
-  long partial_width() const { return padded_dim() + 2; }
-};
 
 // The state of a task's query rows while they walk over their keys.
 struct Rows {
   float *query, *scores;          // [rows, dim] scaled; [kTileRows, kKeys]
   float *sum, *largest, *weight;  // [rows, padded dim] weighted values; [rows] running maximum; [rows] sum of weights
-};
-
-template <class T, class K>
-constexpr bool kScaled = sizeof(K) == 1;
-#if defined(LS_TILE_BF16)
-template <class T>
-constexpr bool kTiles = sizeof(T) == 2;
-#else
-template <class T>
-constexpr bool kTiles = false;
-#endif
-
-// Where a block's keys and values lie in the cache. Keys are there from `from` to `to`, multiples of Kw.
-template <class K>
-struct Place {
-  const K *keys[kKeys], *values[kKeys];
-  alignas(64) float key_scales[kKeys], value_scales[kKeys];
-  long from, to;
 };
 
 // The block that is being worked on.
@@ -72,27 +28,6 @@ struct Block {
   float *transposed, *widened;  // [dim, kKeys] keys; [kKeys, padded dim] values where need be
   bool in_place;                // few query rows use the values as they lie in the cache
 };
-
-// Integers up to 127 are exact in either type.
-template <class T>
-LS_INLINE void plain_row(const int8_t* from, long dim, T* to) {
-  long d = 0;
-  for (; d + W <= dim; d += W) {
-#if defined(__AVX512F__)
-    store(to + d, (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + d)))));
-#elif defined(__AVX2__) && LS_WIDTH == 8
-    store(to + d, (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + d)))));
-#else
-    vi whole;
-    for (int i = 0; i < W; i++) whole[i] = from[d + i];
-    store(to + d, __builtin_convertvector(whole, vf));
-#endif
-  }
-  for (; d < dim; d++) {
-    const vf one = splat((float)from[d]);
-    store_n(to + d, one, 1);
-  }
-}
 
 // Keys and values of the block as T.
 template <class T, class K>
@@ -124,38 +59,6 @@ void widen_values(const Attention<T, K>& a, Block<T, K>& block) {
     if (!in_place)
       for (long d = 0; d < dim; d += W) store(copy + d, load_up_to(block.values[j] + d, dim - d));
   }
-}
-
-// Finds keys [from, to) of the block that starts at position `start`; zeros stand in for what is not there.
-template <class T, class K>
-bool locate(Attention<T, K>& a, const AttentionTask& task, long start, long from, long to, Place<K>& place) {
-  alignas(64) static const K nothing[1024] = {};
-  const int32_t* table = a.block_table + (long)task.sequence * a.max_blocks;
-  place.from = from / Kw * Kw;
-  place.to = round_up(to, Kw);
-  for (long j = 0; j < from; j++) place.keys[j] = place.values[j] = nothing;
-  for (long j = to; j < kKeys; j++) place.keys[j] = place.values[j] = nothing;
-  if (kScaled<T, K>) {
-    memset(place.key_scales, 0, sizeof place.key_scales);
-    memset(place.value_scales, 0, sizeof place.value_scales);
-  }
-  for (long j = from; j < to;) {  // runs of one cache block
-    const long number = table[(start + j) / a.block_size], offset = (start + j) % a.block_size;
-    if (number < 0 || number >= a.num_blocks) {
-      __atomic_store_n(&a.bad, 1, __ATOMIC_RELAXED);
-      return false;
-    }
-    const long first = (number * a.num_kv_heads + task.head) * a.block_size + offset, end = min_of(to, j + a.block_size - offset);
-    if (kScaled<T, K>) {
-      memcpy(place.key_scales + j, a.k_scales + first, (size_t)(end - j) * sizeof(float));
-      memcpy(place.value_scales + j, a.v_scales + first, (size_t)(end - j) * sizeof(float));
-    }
-    for (long at = first * a.head_dim; j < end; j++, at += a.head_dim) {
-      place.keys[j] = a.k_cache + at;
-      place.values[j] = a.v_cache + at;
-    }
-  }
-  return true;
 }
 
 // What rows [row, row + count) of the task see of the block at `start`.
@@ -264,86 +167,13 @@ void write_partial(const Attention<T, K>& a, const AttentionTask& task, const Ro
   }
 }
 
-#if defined(LS_TILE_BF16)
-// The same with matrix tiles, 16 query rows at a time.
-template <class K>
-void attend_task_tiled(Attention<bf16, K>& a, const AttentionTask& task) {
-  const long count = (long)task.count * a.group(), dim = a.head_dim, padded = a.padded_dim();
-  const long rows_up = round_up(count, kTile), chunks = dim_chunks(dim), columns = dim_tiles(dim);
-  // In floats; a tile of 16 times 32 bfloat16 is 256.
-  const long sizes[] = {rows_up / kTile * chunks * 256, kTile * kKeys, rows_up * padded, rows_up, rows_up,
-                        chunks * 512, columns * 256, 256, rows_up * padded, rows_up, rows_up,
-                        kScaled<bf16, K> ? kKeys * dim : 0, columns * 256, kTile * padded};
-  constexpr int kParts = sizeof sizes / sizeof *sizes;
-  float* part[kParts];
-  long total = 0;
-  for (long size : sizes) total += round_up(size, 16);
-  part[0] = (float*)liushui::scratch(liushui::kWork, (size_t)total * sizeof(float));
-  for (int i = 1; i < kParts; i++) part[i] = part[i - 1] + round_up(sizes[i - 1], 16);
-  bf16* query = (bf16*)part[0];
-  const Rows rows = {nullptr, part[1], part[2], part[3], part[4]};
-  bf16 *keys = (bf16*)part[5], *values = (bf16*)part[6], *weights = (bf16*)part[7];
-  float *sum = part[8], *largest = part[9], *weight = part[10];
-  Block<bf16, K> block;
-  block.plain = (bf16*)part[11];
-  memset(weight, 0, (size_t)count * sizeof(float));
-  memset((void*)weights, 0, kTile * kKeys * sizeof(bf16));
-  memset((void*)query, 0, (size_t)sizes[0] * sizeof(float));
-  for (long r = 0; r < count; r++) {
-    const long group = a.group();
-    const bf16* from = a.qkv + (task.row + r / group) * a.qkv_stride + (task.head * group + r % group) * dim;
-    for (long c = 0; c < chunks; c++)
-      memcpy((void*)(query + ((r / kTile * chunks + c) * kTile + r % kTile) * 32), from + c * 32,
-             (size_t)min_of(32, dim - c * 32) * sizeof(bf16));
-  }
-  const int height = (int)min_of(kTile, count);
-  configure_tiles(height, height, 64);
-  for (long split = task.split_begin; split < task.split_end; split++) {
-    memset(rows.sum, 0, (size_t)(rows_up * padded) * sizeof(float));
-    for (long r = 0; r < rows_up; r++) rows.largest[r] = -__builtin_inff(), rows.weight[r] = 0.0f;
-    walk(a, task, split, block, [&](long start) {
-      tile_keys(block.keys, (const bf16* const*)block.ahead.keys, dim, keys);
-      tile_values(block.values, (const bf16* const*)block.ahead.values, dim, values);
-      int finite = -1;  // not known
-      for (long row = 0; row < count; row += kTile) {
-        const int height = (int)min_of(kTile, count - row);
-        const Sight sight = look(a, task, start, row, height);
-        if (sight.last == 0) continue;
-        alignas(64) float keep[kTile];
-        tile_scores(query + row * chunks * 32, keys, dim, rows.scores);
-        tile_soften(height, sight, rows.scores, a.scale, kScaled<bf16, K> ? block.here.key_scales : nullptr,
-                    kScaled<bf16, K> ? block.here.value_scales : nullptr, rows.largest + row, rows.weight + row, keep,
-                    weights);
-        keep_rows(height, keep, rows.sum + row * padded, padded);
-        const bool all = sight.all_from == 0 && sight.all_to == kKeys;
-        if (!all && finite < 0) finite = all_finite(values, columns * 512);
-        if (all || finite)
-          tile_weighted(weights, values, dim, rows.sum + row * padded, padded);
-        else
-          weighted_one_by_one(height, sight, weights, values, dim, rows.sum + row * padded, padded, (bf16*)part[12],
-                              part[13]);
-      }
-    });
-    if (task.partial >= 0) {
-      write_partial(a, task, rows);
-      break;
-    }
-    for (long r = 0; r < count; r++)
-      merge(sum + r * padded, largest[r], weight[r], rows.sum + r * padded, rows.largest[r], rows.weight[r], padded);
-  }
-  LS_TILE_RELEASE();
-  if (task.partial < 0)
-    for (long r = 0; r < count; r++) write_out(a, task, r, sum + r * padded, weight[r]);
-}
-#endif
-
 template <class T, class K>
 void attend_task(void* context, long index) {
   Attention<T, K>& a = *(Attention<T, K>*)context;
-#if defined(LS_TILE_BF16)
-  if constexpr (kTiles<T>) return attend_task_tiled(a, a.plan.tasks[index]);
-#endif
   const AttentionTask& task = a.plan.tasks[index];
+#if defined(LS_TILE_BF16)
+  if constexpr (kTiles<T>) return attend_task_tiled(a, task, false);
+#endif
   const long count = (long)task.count * a.group(), dim = a.head_dim, padded = a.padded_dim();
   const long sizes[] = {count * dim, kTileRows * kKeys, count * padded, count, count, dim * kKeys,
                         kKeys * padded, count * padded, count, count, kScaled<T, K> ? 2 * kKeys * dim : 0};
@@ -373,8 +203,11 @@ void attend_task(void* context, long index) {
 
 template <class T, class K>
 void merge_task(void* context, long index) {
-  const Attention<T, K>& a = *(const Attention<T, K>*)context;
+  Attention<T, K>& a = *(Attention<T, K>*)context;
   const AttentionTask& task = a.plan.merges[index];
+#if defined(LS_TILE_BF16)
+  if constexpr (kTiles<T>) return attend_task_tiled(a, task, true);
+#endif
   const long count = (long)task.count * a.group(), padded = a.padded_dim(), width = a.partial_width();
   float* sum = (float*)liushui::scratch(liushui::kWork, (size_t)padded * sizeof(float));
   for (long r = 0; r < count; r++) {
@@ -405,7 +238,7 @@ int run_attention(Attention<T, K>& a) {
   memset((void*)(a.out + used * width), 0, (size_t)((a.rows - used) * width) * sizeof(T));
   a.bad = 0;
   a.plan = liushui::plan_attention(a.threads, a.num_sequences, a.query_start, a.seq_lens, a.num_kv_heads, a.group(),
-                                   a.window);
+                                   a.window, kCut<T>);
   if (a.plan.num_partials)
     a.partials = (float*)liushui::scratch(liushui::kShared,
                                           (size_t)(a.plan.num_partials * a.partial_width()) * sizeof(float));

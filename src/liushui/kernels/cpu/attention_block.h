@@ -7,8 +7,8 @@
 namespace {
 
 constexpr int kKeys = 32;     // keys in a block, aligned to absolute positions: few enough for the nearest cache
+constexpr int kTileSplit = 256;  // keys of a split with matrix tiles: the scores of 32 rows fit the nearest cache
 constexpr int kTileRows = 6;  // query rows whose sums fit the registers
-constexpr int kMostRows = 16;  // of any tile
 static_assert(kKeys % W == 0, "a block is whole vectors");
 
 // What `tile` multiplies with: row k, from column c on.
@@ -148,7 +148,7 @@ void transpose_keys(const T* const* keys, const T* const* values, long from, lon
 
 // Which keys of the block each row of a tile sees: [from, to), empty as [0, 0).
 struct Sight {
-  long from[kMostRows], to[kMostRows];
+  long from[kTileRows], to[kTileRows];
   long all_from, all_to, last;  // what all rows see (if not empty), and the end of what any sees
 };
 

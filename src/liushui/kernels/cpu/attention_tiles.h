@@ -1,8 +1,15 @@
-// Attention's arithmetic on one block of keys with matrix tiles (AMX), for bfloat16: 16 query rows at a time.
+// Attention's arithmetic with matrix tiles (AMX), for bfloat16: a split of keys at a time, 16 query rows to a tile.
 //
-// Scores are products of bfloat16 summed in float32, scaled afterwards; weights are rounded to bfloat16 before they
-// multiply the values. A row's numbers do not depend on the other rows of its tile: what a row does not see has
-// weight zero, and where that is not enough (values that are not finite) rows are computed one by one.
+// All of it is transposed. Scores are [key][row] = keys times queries^T, so keys are read where they lie in the cache;
+// a vector holds one key's scores for 16 rows (of several keys, where there are few rows), so the softmax never sums
+// across lanes. Weighted sums are [dimension][row] = values^T times weights, the weights rounded to bfloat16.
+//
+// A row's numbers are those of its own keys, whatever else is in the tile. TDPBF16PS forms an element from its row of
+// the first factor and its column of the second: the even and the odd terms each in a chain of fused operations from
+// zero, the sum of both added to the tile, always rounded to nearest, subnormals as zero (Intel, Software Developer's
+// Manual, volume 2, TDPBF16PS). A key that a row does not see has weight +0, which changes neither chain; where that is
+// not enough (values that are not finite) rows are computed one by one. Sums lose the sign of a zero before they are
+// used, so that a last added zero cannot be seen either.
 #pragma once
 #include "amx.h"
 #include "attention_block.h"
@@ -11,29 +18,144 @@
 namespace {
 
 static_assert(W == 16 && kKeys == 32, "a block of keys is the depth of a tile");
-typedef float v8f __attribute__((vector_size(32)));
-typedef float v4f __attribute__((vector_size(16)));
 
-// As lane_sum.
-LS_INLINE float fold_sum(vf v) {
-  v8f a, b;
-  memcpy(&a, &v, 32), memcpy(&b, (const char*)&v + 32, 32);
-  a += b;
-  v4f c, d;
-  memcpy(&c, &a, 16), memcpy(&d, (const char*)&a + 16, 16);
-  c += d;
-  return (c[0] + c[2]) + (c[1] + c[3]);
+constexpr int kSplitBlocks = kTileSplit / kKeys;
+
+inline long dim_chunks(long dim) { return (dim + 31) / 32; }
+inline long dim_tiles(long dim) { return (dim + 15) / 16; }
+
+// Tiles 0 to 3 hold sums, 4 and 5 the first factor, 6 and 7 the second; `lanes` rows of queries.
+inline void configure_attention(int lanes) {
+  TileConfig config;
+  memset(&config, 0, sizeof config);
+  config.palette = 1;
+  for (int t = 0; t < 8; t++) {
+    config.rows[t] = kTile;
+    config.row_bytes[t] = (uint16_t)(t == 4 || t == 5 ? 64 : 4 * lanes);
+  }
+  LS_TILE_CONFIG(&config);
 }
 
-LS_INLINE float fold_max(vf v) {
-  v8f a, b;
-  memcpy(&a, &v, 32), memcpy(&b, (const char*)&v + 32, 32);
-  const v8f larger = a > b ? a : b;
-  v4f c, d;
-  memcpy(&c, &larger, 16), memcpy(&d, (const char*)&larger + 16, 16);
-  const v4f most = c > d ? c : d;
-  const float even = most[0] > most[2] ? most[0] : most[2], odd = most[1] > most[3] ? most[1] : most[3];
-  return even > odd ? even : odd;
+// 2^x of x up to about 0 within 3e-6, finer than the rounding of weights; 1 of 0, 0 of minus infinity, NaN kept.
+LS_INLINE vf power_of_two(vf x) {
+  const auto polynomial = [](vf r) {  // minimax on [0, 1] of the relative error, with value 1 at 0
+    vf p = splat(0.013426732271909714f);
+    p = fma(p, r, splat(0.052242398262023926f));
+    p = fma(p, r, splat(0.24128024280071259f));
+    p = fma(p, r, splat(0.6930448412895203f));
+    return fma(p, r, splat(1.0f));
+  };
+#if defined(__AVX512DQ__)
+  constexpr int kLessFloor = 0x09;  // x - floor(x), quietly; 0 of an infinity
+  const vf r = (vf)_mm512_reduce_ps((__m512)x, kLessFloor);
+  return (vf)_mm512_scalef_ps((__m512)polynomial(r), (__m512)x);  // times 2^floor(x)
+#else
+  const vf magic = splat(12582912.0f);
+  const vf bounded = select((vi)(x < splat(-200.0f)), splat(-200.0f), x);
+  const vf nearest = (bounded + magic) - magic;
+  const vf whole = select((vi)(nearest > bounded), nearest - 1.0f, nearest);
+  const vf power = (vf)(((vu)(whole + magic) << 23) + (127u << 23));
+  return select((vi)(bounded < splat(-126.0f)), splat(0.0f), polynomial(bounded - whole) * power);
+#endif
+}
+
+// Lane i of the result is lane i + n, around.
+LS_INLINE vf rotated(vf v, int n) {
+  float twice[2 * W];
+  store(twice, v), store(twice + W, v);
+  return load(twice + n);
+}
+
+// Lanes of the same row added up, in the order (k + k2) + (k1 + k3) of keys modulo 4; every lane has its row's sum.
+template <int L>
+LS_INLINE vf sum_of_rows(const vf* total) {
+  if constexpr (L == 16) return (total[0] + total[2]) + (total[1] + total[3]);
+  const vf sum = L == 8 ? total[0] + total[1] : total[0] + rotated(total[0], 8);
+  return sum + rotated(sum, L);
+}
+
+template <int L>
+LS_INLINE vf most_of_rows(vf most) {
+  for (int n = L; n < W; n *= 2) most = vmax(most, rotated(most, n));
+  return most;
+}
+
+// scales[key] for the lanes of that key's rows.
+template <int L>
+LS_INLINE vf of_keys(const float* scales) {
+  if constexpr (L == 16) return splat(*scales);
+  vf v;
+  for (int i = 0; i < W; i++) v[i] = scales[i / L];
+  return v;
+}
+
+// Weights of the keys of two vectors as the second factor of the sums: [pair of keys][row][2], 64 bytes.
+template <int L>
+LS_INLINE void store_pairs(bf16* to, vf first, vf second) {
+  struct Order {
+    alignas(64) uint16_t from[32];
+    constexpr Order() : from() {
+      for (int i = 0; i < 32; i++) from[i] = (uint16_t)((2 * (i / (2 * L)) + i % 2) * L + i % (2 * L) / 2);
+    }
+  };
+  static constexpr Order order;
+#if defined(__AVX512BF16__)
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  _mm512_storeu_si512((void*)to, _mm512_permutexvar_epi16(_mm512_load_si512(order.from), both));
+#else
+  bf16 both[32];
+  store(both, first), store(both + W, second);
+  for (int i = 0; i < 32; i++) to[i] = both[order.from[i]];
+#endif
+}
+
+// What the rows of a tile see of a split: keys [from, to) in each lane; lanes without a row hide nothing.
+struct LaneSight {
+  alignas(64) int32_t from[W], to[W];
+  long all_from, all_to, first, last;  // what all rows see, and what any
+
+  bool all(long block) const { return all_from <= block * kKeys && (block + 1) * kKeys <= all_to; }
+};
+
+// Brings the scores [kKeys][L] of a block into shape (minus infinity for what a row does not see) and `most` forward.
+template <int L>
+LS_INLINE void hide(float* scores, long block, const LaneSight& sight, const float* key_scales, vf* most) {
+  constexpr int kEach = W / L;  // keys of a vector
+  const bool all = sight.all(block);
+  vi from, to, key;
+  memcpy(&from, sight.from, sizeof from), memcpy(&to, sight.to, sizeof to);
+  for (int i = 0; i < W; i++) key[i] = (int)block * kKeys + i / L;
+  if (all && !key_scales) {
+    for (int i = 0; i < kKeys / kEach; i += 4)
+      for (int j = 0; j < 4; j++) most[j] = vmax(most[j], load(scores + (i + j) * W));
+    return;
+  }
+  for (int i = 0; i < kKeys / kEach; i++) {
+    vf v = load(scores + i * W);
+    if (key_scales) v = v * of_keys<L>(key_scales + block * kKeys + i * kEach);
+    const vi k = key + i * kEach;
+    if (!all) v = select((vi)(k >= from) & (vi)(k < to), v, splat(-__builtin_inff()));
+    store(scores + i * W, v);
+    most[i % 4] = vmax(most[i % 4], v);
+  }
+}
+
+// Scores of a block become weights 2^(score * scale - level), in bfloat16 where the scores were; `total` is brought
+// forward.
+template <int L>
+LS_INLINE void weigh(float* scores, float scale, vf level, const float* value_scales, vf* total) {
+  constexpr int kEach = W / L, kSums = 4 / kEach;
+  bf16* to = (bf16*)scores;
+  for (int i = 0; i < kKeys / kEach; i += 4) {
+    vf p[4];
+    for (int j = 0; j < 4; j++) {
+      p[j] = power_of_two(fma(load(scores + (i + j) * W), splat(scale), -level));
+      total[j % kSums] = total[j % kSums] + p[j];
+      if (value_scales) p[j] = p[j] * of_keys<L>(value_scales + (i + j) * kEach);
+    }
+    store_pairs<L>(to + i * W, p[0], p[1]);
+    store_pairs<L>(to + (i + 2) * W, p[2], p[3]);
+  }
 }
 
 #if defined(__AVX512F__)
@@ -67,108 +189,54 @@ LS_INLINE void transpose_registers(__m512i* r) {
 }
 #endif
 
-// out[i][j] = word i of row j: 16 rows of 16 words of 32 bits.
-LS_INLINE void transpose_words(const uint32_t* const* rows, uint32_t* out) {
+// out[i][j] = word i of row j: 16 rows, `apart` words from one to the next, of 16 words of 32 bits.
+LS_INLINE void transpose_words(const uint32_t* rows, long apart, uint32_t* out) {
 #if defined(__AVX512F__)
   __m512i r[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i]);
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows + i * apart);
   transpose_registers(r);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) _mm512_store_si512(out + i * 16, r[i]);
+  for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * 16, r[i]);
 #else
   for (int i = 0; i < 16; i++)
-    for (int j = 0; j < 16; j++) out[i * 16 + j] = rows[j][i];
+    for (int j = 0; j < 16; j++) out[i * 16 + j] = rows[j * apart + i];
 #endif
 }
 
-// Each row's lanes folded as fold_sum and fold_max do it; many rows are folded side by side.
-template <bool kSum>
-LS_INLINE vf fold_rows(const vf* rows, int count) {
-#if defined(__AVX512F__)
-  if (count > 4) {
-    __m512i r[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) r[i] = (__m512i)rows[i];
-    transpose_registers(r);
-#pragma GCC unroll 4
-    for (int half = 8; half > 0; half /= 2)
-#pragma GCC unroll 8
-      for (int i = 0; i < half; i++) {
-        const vf a = (vf)r[i], b = (vf)r[i + half];
-        r[i] = (__m512i)(kSum ? a + b : vmax(a, b));
-      }
-    return (vf)r[0];
-  }
-#endif
-  alignas(64) float folded[W] = {};
-  for (int i = 0; i < count; i++) folded[i] = kSum ? fold_sum(rows[i]) : fold_max(rows[i]);
-  return load(folded);
-}
-
-inline long dim_chunks(long dim) { return (dim + 31) / 32; }
-inline long dim_tiles(long dim) { return (dim + 15) / 16; }
-
-// Keys as the second factor of the scores: [chunk of 32 dimensions][half][pair of dimensions][key][2].
-// Meanwhile the next block's keys are fetched.
-inline void tile_keys(const bf16* const* keys, const bf16* const* ahead, long dim, bf16* out) {
-  for (long c = 0; c < dim_chunks(dim); c++)
-    for (int half = 0; half < 2; half++, out += 512) {
-      alignas(64) uint32_t copies[16][16];
-      const uint32_t* rows[16];
-      const long count = min_of(32, dim - c * 32);
-      for (int j = 0; j < 16; j++) {
-        const bf16* key = keys[half * 16 + j] + c * 32;
-        __builtin_prefetch(ahead[half * 16 + j] + c * 32);
-        rows[j] = (const uint32_t*)key;
-        if (count == 32) continue;
-        memset(copies[j], 0, 64);
-        memcpy(copies[j], (const void*)key, (size_t)count * sizeof(bf16));
-        rows[j] = copies[j];
-      }
-      transpose_words(rows, (uint32_t*)out);
-    }
-}
-
-// Values as the second factor of the weighted sums: [tile of 16 dimensions][pair of keys][dimension][2].
-inline void tile_values(const bf16* const* values, const bf16* const* ahead, long dim, bf16* out) {
+// Dimensions [d, d + 8) of a block's values: from rows of dimensions to rows of 32 keys.
+LS_INLINE void turn_values(const bf16* const* values, long d, bf16* out) {
 #if defined(__AVX512BW__)
-  if (dim % 32 == 0) {
-    alignas(64) uint16_t low[32], high[32];
-    for (int i = 0; i < 32; i++) low[i] = (uint16_t)(i / 2 + i % 2 * 32), high[i] = (uint16_t)(low[i] + 16);
-    const __m512i pick_low = _mm512_load_si512(low), pick_high = _mm512_load_si512(high);
-    for (int pair = 0; pair < 16; pair++)
-      for (long i = 0; i < dim; i += 32) {
-        const __m512i even = _mm512_loadu_si512(values[2 * pair] + i), odd = _mm512_loadu_si512(values[2 * pair + 1] + i);
-        __builtin_prefetch(ahead[2 * pair] + i);
-        __builtin_prefetch(ahead[2 * pair + 1] + i);
-        bf16* to = out + i / 16 * 512 + pair * 32;
-        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, pick_low, odd));
-        _mm512_storeu_si512(to + 512, _mm512_permutex2var_epi16(even, pick_high, odd));
-      }
-    return;
+  // Four keys' dimensions beside each other, then 8 by 8 within each quarter.
+  __m512i x[8], y[8];
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; j++) {
+    const auto part = [&](int key) { return _mm_loadu_si128((const __m128i*)(values[key] + d)); };
+    __m512i v = _mm512_castsi128_si512(part(j));
+    v = _mm512_inserti32x4(v, part(j + 8), 1);
+    v = _mm512_inserti32x4(v, part(j + 16), 2);
+    x[j] = _mm512_inserti32x4(v, part(j + 24), 3);
   }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    y[j] = _mm512_unpacklo_epi16(x[2 * j], x[2 * j + 1]);      // dimensions 0 to 3 of keys 2j and 2j + 1
+    y[j + 4] = _mm512_unpackhi_epi16(x[2 * j], x[2 * j + 1]);  // 4 to 7
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++) {
+    const __m512i *from = y + 4 * half;
+    const __m512i a = _mm512_unpacklo_epi32(from[0], from[1]), b = _mm512_unpacklo_epi32(from[2], from[3]);
+    const __m512i c = _mm512_unpackhi_epi32(from[0], from[1]), e = _mm512_unpackhi_epi32(from[2], from[3]);
+    bf16* to = out + 4 * half * 32;
+    _mm512_storeu_si512((void*)to, _mm512_unpacklo_epi64(a, b));
+    _mm512_storeu_si512((void*)(to + 32), _mm512_unpackhi_epi64(a, b));
+    _mm512_storeu_si512((void*)(to + 64), _mm512_unpacklo_epi64(c, e));
+    _mm512_storeu_si512((void*)(to + 96), _mm512_unpackhi_epi64(c, e));
+  }
+#else
+  for (int i = 0; i < 8; i++)
+    for (int j = 0; j < 32; j++) out[i * 32 + j] = values[j][d + i];
 #endif
-  const auto words = [](const bf16* p, long n) {
-    uint16_t buffer[16] = {};
-    if (n < 16)
-      memcpy(buffer, (const void*)p, (size_t)n * 2);
-    vh h;
-    memcpy(&h, n < 16 ? (const void*)buffer : (const void*)p, sizeof h);
-    return __builtin_convertvector(h, vu);
-  };
-  for (int pair = 0; pair < 16; pair++) {
-    const bf16 *even = values[2 * pair], *odd = values[2 * pair + 1];
-    for (long i = 0; i < dim; i += 32) {
-      __builtin_prefetch(ahead[2 * pair] + i);
-      __builtin_prefetch(ahead[2 * pair + 1] + i);
-    }
-    for (long t = 0; t < dim_tiles(dim); t++) {
-      const long n = dim - t * 16;
-      const vu both = words(even + t * 16, n) | words(odd + t * 16, n) << 16;
-      memcpy((void*)(out + t * 512 + pair * 32), &both, sizeof both);
-    }
-  }
 }
 
 inline bool all_finite(const bf16* values, long count) {
@@ -183,123 +251,111 @@ inline bool all_finite(const bf16* values, long count) {
   return true;
 }
 
-// scores [16, kKeys] = query tile times keys. query [chunk][16][32].
-inline void tile_scores(const bf16* query, const bf16* keys, long dim, float* scores) {
+// 16 keys, as a tile reads them.
+struct KeyTile {
+  const bf16* first;
+  long row_bytes;
+};
+
+// scores [kKeys][lanes] of one tile of rows, or of two, with a block's keys. queries [chunk][pair of dimensions][row][2].
+template <int L, bool two>
+inline void tile_scores(const KeyTile* keys, const bf16* queries, const bf16* queries2, long dim, float* scores,
+                        float* scores2) {
+  constexpr long kBytes = 4 * L;
   LS_TILE_ZERO(0);
   LS_TILE_ZERO(1);
+  if (two) {
+    LS_TILE_ZERO(2);
+    LS_TILE_ZERO(3);
+  }
   for (long c = 0; c < dim_chunks(dim); c++) {
-    LS_TILE_LOAD(4, query + c * 512, 64);
-    LS_TILE_LOAD(6, keys + c * 1024, 64);
-    LS_TILE_LOAD(7, keys + c * 1024 + 512, 64);
+    LS_TILE_LOAD(6, queries + c * 32 * L, kBytes);
+    LS_TILE_LOAD(4, keys[0].first + c * 32, keys[0].row_bytes);
     LS_TILE_BF16(0, 4, 6);
-    LS_TILE_BF16(1, 4, 7);
+    LS_TILE_LOAD(5, keys[1].first + c * 32, keys[1].row_bytes);
+    LS_TILE_BF16(1, 5, 6);
+    if (two) {
+      LS_TILE_LOAD(7, queries2 + c * 32 * L, kBytes);
+      LS_TILE_BF16(2, 4, 7);
+      LS_TILE_BF16(3, 5, 7);
+    }
   }
-  LS_TILE_STORE(0, scores, kKeys * 4);
-  LS_TILE_STORE(1, scores + 16, kKeys * 4);
-}
-
-// sum [16, padded dim] += weights [16, kKeys] times values.
-inline void tile_weighted(const bf16* weights, const bf16* values, long dim, float* sum, long padded) {
-  const long columns = dim_tiles(dim), stride = padded * 4;
-  LS_TILE_LOAD(4, weights, 64);
-  for (long t = 0; t < columns; t += 4) {
-    const long left = columns - t;
-    float* to = sum + t * 16;
-    const bf16* from = values + t * 512;
-    LS_TILE_LOAD(0, to, stride);
-    LS_TILE_LOAD(6, from, 64);
-    LS_TILE_BF16(0, 4, 6);
-    if (left > 1) {
-      LS_TILE_LOAD(1, to + 16, stride);
-      LS_TILE_LOAD(7, from + 512, 64);
-      LS_TILE_BF16(1, 4, 7);
-    }
-    if (left > 2) {
-      LS_TILE_LOAD(2, to + 32, stride);
-      LS_TILE_LOAD(6, from + 1024, 64);
-      LS_TILE_BF16(2, 4, 6);
-    }
-    if (left > 3) {
-      LS_TILE_LOAD(3, to + 48, stride);
-      LS_TILE_LOAD(7, from + 1536, 64);
-      LS_TILE_BF16(3, 4, 7);
-    }
-    LS_TILE_STORE(0, to, stride);
-    if (left > 1) LS_TILE_STORE(1, to + 16, stride);
-    if (left > 2) LS_TILE_STORE(2, to + 32, stride);
-    if (left > 3) LS_TILE_STORE(3, to + 48, stride);
+  LS_TILE_STORE(0, scores, kBytes);
+  LS_TILE_STORE(1, scores + 16 * L, kBytes);
+  if (two) {
+    LS_TILE_STORE(2, scores2, kBytes);
+    LS_TILE_STORE(3, scores2 + 16 * L, kBytes);
   }
 }
 
-// As `soften`, for up to 16 rows; the weights come out as bfloat16 [16, kKeys], zero for what a row does not see.
-// `largest` and `weight` have 16 places.
-inline void tile_soften(int rows, const Sight& sight, const float* scores, float scale, const float* key_scales,
-                        const float* value_scales, float* largest, float* weight, float* keep, bf16* weights) {
-  const float lowest = -__builtin_inff();
-  vi lane;
-  for (int i = 0; i < W; i++) lane[i] = i;
-  const vf left = key_scales ? load(key_scales) * scale : splat(scale);
-  const vf right = key_scales ? load(key_scales + W) * scale : splat(scale);
-  const bool all = sight.all_from == 0 && sight.all_to == kKeys;
-  vf most[kTile], total[kTile];
-  for (int r = rows; r < kTile; r++) most[r] = splat(lowest), total[r] = vf{};
-  alignas(64) float scaled[kTile][kKeys], joint[W];
-  for (int r = 0; r < rows; r++) {
-    vf a = load(scores + r * kKeys) * left, b = load(scores + r * kKeys + W) * right;
-    if (!all) {
-      const int from = (int)sight.from[r], to = (int)sight.to[r];
-      a = select((vi)(lane >= from) & (vi)(lane < to), a, splat(lowest));
-      b = select((vi)(lane >= from - W) & (vi)(lane < to - W), b, splat(lowest));
-    }
-    store(scaled[r], a), store(scaled[r] + W, b);
-    most[r] = vmax(a, b);
-  }
-  const vf now = fold_rows<false>(most, rows), before = load(largest), sums = load(weight);
-  const vf highest = select((vi)(now > before), now, before);
-  const vf drop = vexp_of_negative(select((vi)(sums == splat(0.0f)), splat(lowest), before - highest));
-  store(joint, highest);
-  store(largest, highest);
-  for (int r = 0; r < rows; r++) {
-    bf16* to = weights + r * kKeys;
-    total[r] = vf{};
-    if (!all && sight.to[r] == 0) {  // sees nothing here
-      memset((void*)to, 0, kKeys * sizeof(bf16));
-      continue;
-    }
-    const vf level = splat(joint[r]);
-    vf a = vexp_of_negative(load(scaled[r]) - level), b = vexp_of_negative(load(scaled[r] + W) - level);
-    total[r] = a + b;
-    if (value_scales) a = a * load(value_scales), b = b * load(value_scales + W);
-    store(to, a), store(to + W, b);
-  }
-  store(keep, drop);
-  store(weight, sums * drop + fold_rows<true>(total, rows));
-  for (int r = 0; r < rows && !all; r++)
-    if (sight.to[r] == 0) keep[r] = 1.0f;
+// Sums of one tile of rows are made four tiles of dimensions at a time, of two tiles of rows two at a time.
+template <bool two>
+constexpr long kSumTiles = two ? 2 : 4;
+
+inline void begin_sums() {
+  LS_TILE_ZERO(0);
+  LS_TILE_ZERO(1);
+  LS_TILE_ZERO(2);
+  LS_TILE_ZERO(3);
 }
 
-LS_INLINE void keep_rows(int rows, const float* keep, float* sum, long padded) {
-  for (int r = 0; r < rows; r++)
-    if (keep[r] != 1.0f)
-      for (long d = 0; d < padded; d += W) store(sum + r * padded + d, load(sum + r * padded + d) * keep[r]);
+// Sums += a block's values^T times its weights, for `left` tiles of dimensions.
+template <int L, bool two>
+inline void add_to_sums(const bf16* values, long left, const float* weights, const float* weights2) {
+  constexpr long kBytes = 4 * L;
+  LS_TILE_LOAD(6, weights, kBytes);
+  LS_TILE_LOAD(4, values, 64);
+  LS_TILE_BF16(0, 4, 6);
+  if (two) {
+    LS_TILE_LOAD(7, weights2, kBytes);
+    LS_TILE_BF16(2, 4, 7);
+  }
+  if (left > 1) {
+    LS_TILE_LOAD(5, values + 512, 64);
+    LS_TILE_BF16(1, 5, 6);
+    if (two) LS_TILE_BF16(3, 5, 7);
+  }
+  if (two) return;
+  if (left > 2) {
+    LS_TILE_LOAD(4, values + 1024, 64);
+    LS_TILE_BF16(2, 4, 6);
+  }
+  if (left > 3) {
+    LS_TILE_LOAD(5, values + 1536, 64);
+    LS_TILE_BF16(3, 5, 6);
+  }
 }
 
-// The slow way, where a value that some row does not see is not finite: each row with its own values only.
-inline void weighted_one_by_one(int rows, const Sight& sight, const bf16* weights, const bf16* values, long dim,
-                                float* sum, long padded, bf16* seen, float* trial) {
-  const size_t row_bytes = (size_t)padded * sizeof(float);
-  for (int r = 0; r < rows; r++) {
-    if (sight.to[r] == 0) continue;
-    for (long t = 0; t < dim_tiles(dim); t++)
-      for (int key = 0; key < kKeys; key++)
-        for (int d = 0; d < 16; d++) {
-          const long at = t * 512 + key / 2 * 32 + d * 2 + key % 2;
-          seen[at] = key >= sight.from[r] && key < sight.to[r] ? values[at] : bf16{0};
-        }
-    memcpy(trial, sum, (size_t)kTile * row_bytes);
-    tile_weighted(weights, seen, dim, trial, padded);
-    memcpy(sum + r * padded, trial + r * padded, row_bytes);
+// To sums [dimension][L].
+template <int L, bool two>
+inline void store_sums(long left, float* sum, float* sum2) {
+  constexpr long kBytes = 4 * L;
+  LS_TILE_STORE(0, sum, kBytes);
+  if (left > 1) LS_TILE_STORE(1, sum + 16 * L, kBytes);
+  if (two) {
+    LS_TILE_STORE(2, sum2, kBytes);
+    if (left > 1) LS_TILE_STORE(3, sum2 + 16 * L, kBytes);
+    return;
   }
+  if (left > 2) LS_TILE_STORE(2, sum + 32 * L, kBytes);
+  if (left > 3) LS_TILE_STORE(3, sum + 48 * L, kBytes);
+}
+
+// What a tile of rows knows so far, a row in lane i % L: its highest score (a power of two) and its sum of weights.
+struct LaneState {
+  alignas(64) float level[W], weight[W];
+};
+
+// sum [dimension][L] and state joined with those of the next split.
+template <int L>
+LS_INLINE void merge_lanes(float* sum, LaneState& state, const float* more, const LaneState& next, long padded) {
+  const vf before = load(state.level), now = load(next.level), joint = vmax(before, now);
+  const vf top = select((vi)(joint == splat(-__builtin_inff())), splat(0.0f), joint);  // no key yet
+  const vf keep = power_of_two(before - top), add = power_of_two(now - top);
+  for (long i = 0; i < padded * L; i += W)
+    store(sum + i, fma(load(more + i) + 0.0f, add, load(sum + i) * keep));
+  store(state.level, joint);
+  store(state.weight, fma(load(next.weight), add, load(state.weight) * keep));
 }
 
 }  // namespace

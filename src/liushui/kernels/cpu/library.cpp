@@ -51,9 +51,11 @@ void use_huge_pages(void* memory, size_t bytes) {
 }
 
 AttentionPlan plan_attention(int threads, int num_sequences, const int32_t* query_start, const int32_t* seq_lens,
-                             int num_kv_heads, int group, int window) {
-  constexpr int kRows = 96;  // query rows (tokens times heads of the group) that share one reading of the keys
-  const int tile = std::max(1, kRows / group);
+                             int num_kv_heads, int group, int window, AttentionCut cut) {
+  int tile = std::max(1, cut.rows / group);
+  // Rather smaller tasks than idle threads.
+  const int64_t units = static_cast<int64_t>(query_start[num_sequences]) * num_kv_heads;
+  while (tile * group > 32 && units < static_cast<int64_t>(tile) * 4 * threads) tile = (tile + 1) / 2;
   auto& tasks = buffers.tasks;
   auto& merges = buffers.merges;
   tasks.clear();
@@ -68,8 +70,8 @@ AttentionPlan plan_attention(int threads, int num_sequences, const int32_t* quer
       task.row = query_start[s] + from;
       task.position = first + from;
       task.count = std::min(tile, queries - from);
-      task.split_begin = window > 0 ? std::max(0, task.position - window + 1) / kSplit : 0;
-      task.split_end = (task.position + task.count - 1) / kSplit + 1;
+      task.split_begin = window > 0 ? std::max(0, task.position - window + 1) / cut.split : 0;
+      task.split_end = (task.position + task.count - 1) / cut.split + 1;
       task.partial = -1;
       longest = std::max(longest, task.split_end - task.split_begin);
       for (task.head = 0; task.head < num_kv_heads; task.head++) tasks.push_back(task);
@@ -91,7 +93,7 @@ AttentionPlan plan_attention(int threads, int num_sequences, const int32_t* quer
         part.split_begin = split;
         part.split_end = split + 1;
         part.partial = plan.num_partials;
-        plan.num_partials += static_cast<int64_t>(whole.count) * group;
+        plan.num_partials += (static_cast<int64_t>(whole.count) * group + cut.align - 1) / cut.align * cut.align;
         tasks.push_back(part);
       }
     }

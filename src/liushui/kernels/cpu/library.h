@@ -40,12 +40,18 @@ struct AttentionPlan {
   int64_t num_partials;  // rows of partial results
 };
 
-// Keys per split. A split is computed from nothing and merged in order, whether or not it ran on its own, so
+// Keys per split, without matrix tiles. A split is computed from nothing and merged in order, whether or not it ran on its own, so
 // that spreading one long sequence over threads cannot be seen in the result.
 constexpr int kSplit = 512;
 
+// How attention is cut into tasks: keys per split, query rows (tokens times heads of the group) that share one reading
+// of the keys, and the number of rows that partial results are rounded up to.
+struct AttentionCut {
+  int split, rows, align;
+};
+
 // Cuts the step into tasks, long ones first. The memory belongs to the calling thread, until its next call.
 AttentionPlan plan_attention(int threads, int num_sequences, const int32_t* query_start, const int32_t* seq_lens,
-                             int num_kv_heads, int group, int window);
+                             int num_kv_heads, int group, int window, AttentionCut cut);
 
 }  // namespace liushui

@@ -71,7 +71,16 @@ LS_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-LS_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
+// The second where they are equal, or one is not a number.
+LS_INLINE vf vmax(vf a, vf b) {
+#if defined(__AVX512F__) && LS_WIDTH == 16
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__) && LS_WIDTH == 8
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
 
 LS_INLINE vf load(const float* p) {
   vf v;

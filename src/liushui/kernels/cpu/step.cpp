@@ -366,12 +366,12 @@ struct Plans {
   int window[kWindows];
   int count;
 
-  bool add(const StepModel& m, const StepBatch& b, int threads, int layer_window, int& index) {
+  bool add(const StepModel& m, const StepBatch& b, int threads, int layer_window, liushui::AttentionCut cut, int& index) {
     for (index = 0; index < count; index++)
       if (window[index] == layer_window) return true;
     if (count == kWindows) return false;
     const auto plan = liushui::plan_attention(threads, b.num_sequences, b.query_start, b.seq_lens, m.num_kv_heads,
-                                              m.num_heads / m.num_kv_heads, layer_window);
+                                              m.num_heads / m.num_kv_heads, layer_window, cut);
     using Task = liushui::AttentionTask;
     const size_t tasks = (size_t)plan.num_tasks, merges = (size_t)plan.num_merges;
     Task* copy = (Task*)malloc((tasks + merges + 1) * sizeof(Task));
@@ -407,7 +407,7 @@ int run_step(int threads, const StepModel& m, const StepBatch& b) {
   long most_partials = 0;
   for (long i = 0; i < m.num_layers; i++) {
     int index;
-    if (!plans.add(m, b, threads, m.layers[i].window, index)) return 2;
+    if (!plans.add(m, b, threads, m.layers[i].window, kCut<T>, index)) return 2;
     of_layer[i] = plans.of[index];
     most_partials = max_of(most_partials, (long)of_layer[i].num_partials);
   }

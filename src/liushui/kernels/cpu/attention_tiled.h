@@ -1,0 +1,363 @@
+// Attention's tasks with matrix tiles: walks over the splits of keys that a task's rows see (see attention_tiles.h).
+#pragma once
+#include "attention_keys.h"
+#include "attention_tiles.h"
+
+#if defined(LS_TILE_BF16)
+namespace {
+
+// Work space of a task; L lanes of rows in each of `tiles` tiles.
+struct TileSpace {
+  bf16 *queries;           // [tile][chunk][pair of dimensions][L][2]
+  float* scores[2];        // [kTileSplit][L], of two tiles
+  bf16* values;            // [kSplitBlocks][tile of dimensions][16][kKeys]
+  bf16 *keys, *rows;       // [kTileSplit][chunks * 32], [kKeys][padded]: where the cache cannot be read as it is
+  float *sum, *more;       // [tile][padded][L], [2][padded][L]
+  LaneState* state;        // [tile]
+  bf16* seen;              // as values, and [padded][L]: for rows one by one
+  float* trial;
+  float *key_scales, *value_scales;  // [kTileSplit]
+};
+
+// A split's keys. Of those from `first` on (a position), [from, to) are there, in blocks [begin, end).
+template <class K>
+struct SplitKeys {
+  Place<K> places[kSplitBlocks];
+  KeyTile tiles[2 * kSplitBlocks];
+  int finite[kSplitBlocks];  // of a block's values; -1: not known
+  long first, from, to, begin, end;
+};
+
+// A task's query rows, the width of a head in several measures, and the tiles of rows.
+struct TaskShape {
+  long count, dim, padded, chunks, columns, tiles;
+};
+
+template <int L>
+TileSpace divide_scratch(const TaskShape& t, bool copies, bool scaled) {
+  const long value_floats = kSplitBlocks * t.columns * 256;
+  const long sizes[] = {t.tiles * t.chunks * 16 * L, kTileSplit * L, kTileSplit * L, value_floats,
+                        copies ? kTileSplit * t.chunks * 16 : 0, kKeys * t.padded / 2, t.tiles * t.padded * L,
+                        2 * t.padded * L, t.tiles * (long)sizeof(LaneState) / 4, value_floats, t.padded * L,
+                        scaled ? kTileSplit : 0, scaled ? kTileSplit : 0};
+  constexpr int kParts = sizeof sizes / sizeof *sizes;
+  float* part[kParts];
+  long total = 0;
+  for (long size : sizes) total += round_up(size, 16);
+  part[0] = (float*)liushui::scratch(liushui::kWork, (size_t)total * sizeof(float));
+  for (int i = 1; i < kParts; i++) part[i] = part[i - 1] + round_up(sizes[i - 1], 16);
+  return {(bf16*)part[0], {part[1], part[2]}, (bf16*)part[3], (bf16*)part[4], (bf16*)part[5], part[6], part[7],
+          (LaneState*)part[8], (bf16*)part[9], part[10], scaled ? part[11] : nullptr, scaled ? part[12] : nullptr};
+}
+
+// Queries as the second factor, zeros for rows that are not there. The sign of the scale goes to them, so that the
+// highest score is that of the highest product.
+template <int L, class K>
+void pack_queries(const Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, bf16* out) {
+  const long group = a.group();
+  const uint32_t flip = a.scale < 0.0f ? 0x80008000u : 0;
+  for (long tile = 0; tile < t.tiles; tile++)
+    for (long c = 0; c < t.chunks; c++, out += 32 * L) {
+      alignas(64) uint32_t words[16][16] = {};
+      const long part = min_of(32, t.dim - c * 32);
+      for (long i = 0; i < L && tile * L + i < t.count; i++) {
+        const long r = tile * L + i;
+        const bf16* from = a.qkv + (task.row + r / group) * a.qkv_stride + (task.head * group + r % group) * t.dim;
+        memcpy(words[i], (const void*)(from + c * 32), (size_t)part * sizeof(bf16));
+        for (int w = 0; w < 16; w++) words[i][w] ^= flip;
+      }
+      if constexpr (L == 16) {
+        transpose_words(words[0], 16, (uint32_t*)out);
+      } else {
+        for (int w = 0; w < 16; w++)
+          for (int i = 0; i < L; i++) memcpy((void*)(out + 2 * (w * L + i)), &words[i][w], 4);
+      }
+    }
+}
+
+// Finds the keys and values of a split; false where the block table points outside the cache.
+template <class K>
+bool find_split(Attention<bf16, K>& a, const AttentionTask& task, long split, SplitKeys<K>& keys) {
+  const long lowest = a.window > 0 ? max_of(0, (long)task.position - a.window + 1) : 0;
+  keys.first = split * kTileSplit;
+  keys.from = max_of(0, lowest - keys.first);
+  keys.to = min_of(kTileSplit, task.position + task.count - keys.first);
+  keys.begin = keys.from / kKeys;
+  keys.end = (keys.to + kKeys - 1) / kKeys;
+  for (long b = keys.begin; b < keys.end; b++) {
+    const long at = b * kKeys;
+    if (!locate(a, task, keys.first + at, max_of(0, keys.from - at), min_of(kKeys, keys.to - at), keys.places[b]))
+      return false;
+    keys.finite[b] = -1;
+  }
+  return true;
+}
+
+// Whether tiles can read keys as they lie in the cache.
+template <class K>
+bool keys_in_place(const Attention<bf16, K>& a) {
+  return sizeof(K) == 2 && a.head_dim % 32 == 0 && a.block_size % 16 == 0;
+}
+
+// Rows of `width` elements, zeros after dim: for tiles that reach further than a head, or an int8 cache.
+template <class K>
+void copy_rows(const K* const* from, long dim, long width, bf16* to) {
+  for (long j = 0; j < kKeys; j++, to += width) {
+    if constexpr (sizeof(K) == 1)
+      plain_row(from[j], dim, to);
+    else
+      memcpy((void*)to, (const void*)from[j], (size_t)dim * sizeof(bf16));
+    memset((void*)(to + dim), 0, (size_t)(width - dim) * sizeof(bf16));
+  }
+}
+
+// Where tiles read a block's keys: in the cache, or in a copy.
+template <class K>
+void place_keys(const TaskShape& t, long b, bool in_place, SplitKeys<K>& keys, bf16* copies) {
+  KeyTile* tiles = keys.tiles + 2 * b;
+  if constexpr (sizeof(K) == 2) {
+    for (int half = 0; half < 2 && in_place; half++) {
+      // What lies between keys that are there is in the same block of the cache; its scores are hidden.
+      const long begin = b * kKeys + half * 16, there = max_of(begin, keys.from) - begin;
+      const bool any = begin + there < min_of(keys.to, begin + 16);
+      const K* row = keys.places[b].keys[half * 16 + (any ? there : 0)];
+      tiles[half] = any ? KeyTile{row - there * t.dim, t.dim * 2} : KeyTile{row, 0};
+    }
+  }
+  if (in_place) return;
+  bf16* to = copies + b * kKeys * t.chunks * 32;
+  copy_rows(keys.places[b].keys, t.dim, t.chunks * 32, to);
+  for (int half = 0; half < 2; half++) tiles[half] = {to + half * 16 * t.chunks * 32, t.chunks * 64};
+}
+
+// A block's values, dimensions in rows.
+template <class K>
+void place_values(const TaskShape& t, const Place<K>& place, bf16* copies, bf16* out) {
+  const bf16* rows[kKeys];
+  const bool copy = sizeof(K) == 1 || t.dim % 16;
+  if (copy) copy_rows(place.values, t.dim, t.padded, copies);
+  for (long j = 0; j < kKeys; j++) rows[j] = copy ? copies + j * t.padded : (const bf16*)place.values[j];
+  for (long d = 0; d < t.padded; d += 8) turn_values(rows, d, out + d * kKeys);
+}
+
+// Finds a split and brings its keys and values before the tiles. Memory is kept busy: while a block's values are
+// turned, its keys and the values of a later one are fetched.
+template <class K>
+bool prepare_split(Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, long split, const TileSpace& s,
+                   SplitKeys<K>& keys) {
+  constexpr long kAhead = 2;
+  if (!find_split(a, task, split, keys)) return false;
+  const bool in_place = keys_in_place(a);
+  for (long b = keys.begin; b < min_of(keys.end, keys.begin + kAhead); b++)
+    fetch_rows(keys.places[b].values, kKeys, t.dim);
+  for (long b = keys.begin; b < keys.end; b++) {
+    fetch_rows(keys.places[b].keys, kKeys, t.dim);
+    if (b + kAhead < keys.end) fetch_rows(keys.places[b + kAhead].values, kKeys, t.dim);
+    place_values(t, keys.places[b], s.rows, s.values + b * t.columns * 512);
+    if (kScaled<bf16, K>) {
+      memcpy(s.key_scales + b * kKeys, keys.places[b].key_scales, kKeys * sizeof(float));
+      memcpy(s.value_scales + b * kKeys, keys.places[b].value_scales, kKeys * sizeof(float));
+    }
+  }
+  for (long b = keys.begin; b < keys.end; b++) place_keys(t, b, in_place, keys, s.keys);
+  return true;
+}
+
+// What the rows of a tile see of the split at position `first`.
+template <int L, class K>
+LaneSight look_at_split(const Attention<bf16, K>& a, const AttentionTask& task, long first, long row, long count) {
+  LaneSight s;
+  s.all_from = s.last = 0;
+  s.all_to = s.first = kTileSplit;
+  for (int lane = 0; lane < W; lane++) {
+    s.from[lane] = 0, s.to[lane] = kTileSplit;
+    if (row + lane % L >= count) continue;
+    const long position = task.position + (row + lane % L) / a.group() - first;
+    long from = a.window > 0 ? max_of(0, position - a.window + 1) : 0, to = max_of(0, min_of(kTileSplit, position + 1));
+    if (from >= to) from = to = 0;
+    s.from[lane] = (int32_t)from, s.to[lane] = (int32_t)to;
+    s.all_from = max_of(s.all_from, from), s.all_to = min_of(s.all_to, to);
+    s.last = max_of(s.last, to);
+    if (to > 0) s.first = min_of(s.first, from);
+  }
+  return s;
+}
+
+// The sums of one tile of rows over blocks [begin, end), each row with the values that it sees: the slow way, where
+// one that it does not see is not finite.
+template <int L>
+void sum_one_by_one(const TaskShape& t, const TileSpace& s, const LaneSight& sight, long begin, long end,
+                    const float* weights, float* sum) {
+  for (int r = 0; r < L; r++) {
+    for (long b = begin; b < end; b++)
+      for (long i = b * t.columns * 512; i < (b + 1) * t.columns * 512; i++) {
+        const long key = b * kKeys + i % kKeys;
+        s.seen[i] = key >= sight.from[r] && key < sight.to[r] ? s.values[i] : bf16{0};
+      }
+    for (long c = 0; c < t.columns; c += kSumTiles<false>) {
+      begin_sums();
+      for (long b = begin; b < end; b++)
+        add_to_sums<L, false>(s.seen + (b * t.columns + c) * 512, t.columns - c, weights + b * kKeys * L, nullptr);
+      store_sums<L, false>(t.columns - c, s.trial + c * 16 * L, nullptr);
+    }
+    for (long d = 0; d < t.padded; d++) sum[d * L + r] = s.trial[d * L + r];
+  }
+}
+
+// Whether a value that some row of the tile does not see could spoil it.
+template <class K>
+bool spoils(const TaskShape& t, const TileSpace& s, const LaneSight& sight, long begin, long end, SplitKeys<K>& keys) {
+  bool any = false;
+  for (long b = begin; b < end; b++) {
+    if (sight.all(b)) continue;
+    if (keys.finite[b] < 0) keys.finite[b] = all_finite(s.values + b * t.columns * 512, t.columns * 512);
+    any |= !keys.finite[b];
+  }
+  return any;
+}
+
+// One tile of rows, or two, over a split that is prepared: their sums to sum[0] and sum[1], their states.
+template <int L, bool two, class K>
+void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, long tile,
+                  const TileSpace& s, SplitKeys<K>& keys, float* const* sum, LaneState* state) {
+  constexpr int kTiles = two ? 2 : 1;
+  const float scale = __builtin_fabsf(a.scale) * 1.44269504f;  // weights are powers of two
+  LaneSight sight[2];
+  long first = kTileSplit, last = 0;
+  for (int n = 0; n < kTiles; n++) {
+    sight[n] = look_at_split<L>(a, task, keys.first, (tile + n) * L, t.count);
+    first = min_of(first, sight[n].first), last = max_of(last, sight[n].last);
+  }
+  const long begin = first / kKeys, end = (last + kKeys - 1) / kKeys, block = kKeys * L;
+  vf most[2][4], total[2][4] = {}, level[2];
+  for (int n = 0; n < kTiles; n++)
+    for (int i = 0; i < 4; i++) most[n][i] = splat(-__builtin_inff());
+  const bf16* queries = s.queries + tile * t.chunks * 32 * L;
+  const auto shape = [&](long b) {
+    for (int n = 0; n < kTiles; n++) hide<L>(s.scores[n] + b * block, b, sight[n], s.key_scales, most[n]);
+  };
+  for (long b = begin; b < end; b++) {  // vectors follow the tiles at a distance of one block
+    tile_scores<L, two>(keys.tiles + 2 * b, queries, queries + t.chunks * 32 * L, t.dim, s.scores[0] + b * block,
+                        s.scores[1] + b * block);
+    if (b > begin) shape(b - 1);
+  }
+  if (begin < end) shape(end - 1);
+  for (int n = 0; n < kTiles; n++) {
+    const vf highest = most_of_rows<L>(vmax(vmax(most[n][0], most[n][1]), vmax(most[n][2], most[n][3])));
+    const vf nothing = splat(-__builtin_inff()), top = select((vi)(highest == nothing), nothing, highest * scale);
+    store(state[n].level, top);
+    level[n] = select((vi)(top == nothing), splat(0.0f), top);
+  }
+  for (long c = 0; c < max_of(1, t.columns); c += kSumTiles<two>) {
+    begin_sums();
+    for (long b = begin; b < end; b++) {
+      float *weights = s.scores[0] + b * block, *weights2 = s.scores[1] + b * block;
+      const float* value_scales = s.value_scales ? s.value_scales + b * kKeys : nullptr;
+      if (c == 0) weigh<L>(weights, scale, level[0], value_scales, total[0]);
+      if (c == 0 && two) weigh<L>(weights2, scale, level[1], value_scales, total[1]);
+      add_to_sums<L, two>(s.values + (b * t.columns + c) * 512, t.columns - c, weights, weights2);
+    }
+    store_sums<L, two>(t.columns - c, sum[0] + c * 16 * L, sum[1] + c * 16 * L);
+  }
+  for (int n = 0; n < kTiles; n++) {
+    store(state[n].weight, sum_of_rows<L>(total[n]));
+    if (spoils(t, s, sight[n], begin, end, keys))
+      sum_one_by_one<L>(t, s, sight[n], begin, end, s.scores[n], sum[n]);
+  }
+}
+
+// A tile's rows, divided by their weights, to where they belong.
+template <int L, class K>
+void write_tile(const Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, long tile, float* sum,
+                const LaneState& state) {
+  const long group = a.group();
+  const vf weight = load(state.weight);
+  for (long i = 0; i < t.padded * L; i += W) store(sum + i, (load(sum + i) + 0.0f) / weight);
+  for (long c = 0; c < t.columns; c++) {
+    alignas(64) float rows[16][W];
+    if constexpr (L == 16) {
+      transpose_words((const uint32_t*)(sum + c * 16 * L), L, (uint32_t*)rows[0]);
+    } else {
+      for (int r = 0; r < L; r++)
+        for (int d = 0; d < 16; d++) rows[r][d] = sum[(c * 16 + d) * L + r];
+    }
+    for (long i = 0; i < L && tile * L + i < t.count; i++) {
+      const long r = tile * L + i, head = task.head * group + r % group;
+      bf16* out = a.out + ((task.row + r / group) * a.num_heads + head) * t.dim;
+      store_up_to(out + c * 16, load(rows[i]), t.dim - c * 16);
+    }
+  }
+}
+
+template <int L, class K>
+void attend_lanes(Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t) {
+  const TileSpace s = divide_scratch<L>(t, !keys_in_place(a), kScaled<bf16, K>);
+  SplitKeys<K> keys;
+  pack_queries<L>(a, task, t, s.queries);
+  configure_attention(L);
+  bool found = true;
+  for (long split = task.split_begin; split < task.split_end && found; split++) {
+    found = prepare_split(a, task, t, split, s, keys);
+    const bool fresh = split == task.split_begin;
+    for (long tile = 0; tile < t.tiles && found; tile += 2) {
+      const int count = (int)min_of(2, t.tiles - tile);
+      float *own = s.sum + tile * t.padded * L, *to[2] = {fresh ? own : s.more, nullptr};
+      to[1] = to[0] + t.padded * L;
+      LaneState next[2];
+      (count == 2 ? attend_tiles<L, true, K> : attend_tiles<L, false, K>)(a, task, t, tile, s, keys, to, next);
+      for (int n = 0; n < count; n++) {
+        if (fresh)
+          s.state[tile + n] = next[n];
+        else
+          merge_lanes<L>(own + n * t.padded * L, s.state[tile + n], to[n], next[n], t.padded);
+      }
+    }
+  }
+  LS_TILE_RELEASE();
+  if (!found) return;
+  for (long tile = 0; tile < t.tiles; tile++) {
+    float* sum = s.sum + tile * t.padded * L;
+    if (task.partial < 0) {
+      write_tile<L>(a, task, t, tile, sum, s.state[tile]);
+      continue;
+    }
+    float* to = a.partials + (task.partial + tile * 16) * a.partial_width();
+    memcpy(to, sum, (size_t)(t.padded * L) * sizeof(float));
+    memcpy(to + t.padded * L, &s.state[tile], sizeof(LaneState));
+  }
+}
+
+template <int L, class K>
+void merge_parts(const Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t) {
+  float* sum = (float*)liushui::scratch(liushui::kWork, (size_t)(t.padded * L) * sizeof(float));
+  for (long tile = 0; tile < t.tiles; tile++) {
+    LaneState state, next;
+    for (long split = 0; split < task.split_end - task.split_begin; split++) {
+      const float* part =
+          a.partials + (task.partial + (split * round_up(t.count, 16) + tile * 16)) * a.partial_width();
+      memcpy(&next, part + t.padded * L, sizeof next);
+      if (split > 0) {
+        merge_lanes<L>(sum, state, part, next, t.padded);
+        continue;
+      }
+      memcpy(sum, part, (size_t)(t.padded * L) * sizeof(float));
+      state = next;
+    }
+    write_tile<L>(a, task, t, tile, sum, state);
+  }
+}
+
+// Few rows share their vectors with other keys, not with rows that are not there.
+template <class K>
+void attend_task_tiled(Attention<bf16, K>& a, const AttentionTask& task, bool merge) {
+  const long count = (long)task.count * a.group(), lanes = count <= 4 ? 4 : count <= 8 ? 8 : 16;
+  const TaskShape t = {count, a.head_dim, a.padded_dim(), dim_chunks(a.head_dim), dim_tiles(a.head_dim),
+                       (count + lanes - 1) / lanes};
+  if (merge)
+    (lanes == 4 ? merge_parts<4, K> : lanes == 8 ? merge_parts<8, K> : merge_parts<16, K>)(a, task, t);
+  else
+    (lanes == 4 ? attend_lanes<4, K> : lanes == 8 ? attend_lanes<8, K> : attend_lanes<16, K>)(a, task, t);
+}
+
+}  // namespace
+#endif
