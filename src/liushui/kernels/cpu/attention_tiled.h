@@ -10,11 +10,11 @@ namespace {
 struct TileSpace {
   bf16 *queries;           // [tile][chunk][pair of dimensions][L][2]
   float* scores[2];        // [kTileSplit][L], of two tiles
-  bf16* values;            // [kSplitBlocks][tile of dimensions][16][kKeys]
+  bf16* values;            // [kSplitBlocks][tile of dimensions], as turn_values or pair_values make them
   bf16 *keys, *rows;       // [kTileSplit][chunks * 32], [kKeys][padded]: where the cache cannot be read as it is
-  float *sum, *more;       // [tile][padded][L], [2][padded][L]
+  float *sum, *more;       // [tile][padded][L], [2][padded][L]; of few rows [L][padded]
   LaneState* state;        // [tile]
-  bf16* seen;              // as values, and [padded][L]: for rows one by one
+  bf16* seen;              // as values, and `trial` as sums: for rows one by one
   float* trial;
   float *key_scales, *value_scales;  // [kTileSplit]
 };
@@ -130,19 +130,22 @@ void place_keys(const TaskShape& t, long b, bool in_place, SplitKeys<K>& keys, b
   for (int half = 0; half < 2; half++) tiles[half] = {to + half * 16 * t.chunks * 32, t.chunks * 64};
 }
 
-// A block's values, dimensions in rows.
-template <class K>
+// A block's values, as the sums take them.
+template <int L, class K>
 void place_values(const TaskShape& t, const Place<K>& place, bf16* copies, bf16* out) {
   const bf16* rows[kKeys];
-  const bool copy = sizeof(K) == 1 || t.dim % 16;
+  const bool copy = sizeof(K) == 1 || t.dim < t.padded;
   if (copy) copy_rows(place.values, t.dim, t.padded, copies);
   for (long j = 0; j < kKeys; j++) rows[j] = copy ? copies + j * t.padded : (const bf16*)place.values[j];
-  for (long d = 0; d < t.padded; d += 8) turn_values(rows, d, out + d * kKeys);
+  if constexpr (L == 16)
+    for (long d = 0; d < t.padded; d += 8) turn_values(rows, d, out + d * kKeys);
+  else
+    for (long d = 0; d < t.padded; d += 32) pair_values(rows, d, out + d * kKeys);
 }
 
 // Finds a split and brings its keys and values before the tiles. Memory is kept busy: while a block's values are
 // turned, its keys and the values of a later one are fetched.
-template <class K>
+template <int L, class K>
 bool prepare_split(Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, long split, const TileSpace& s,
                    SplitKeys<K>& keys) {
   constexpr long kAhead = 2;
@@ -153,7 +156,7 @@ bool prepare_split(Attention<bf16, K>& a, const AttentionTask& task, const TaskS
   for (long b = keys.begin; b < keys.end; b++) {
     fetch_rows(keys.places[b].keys, kKeys, t.dim);
     if (b + kAhead < keys.end) fetch_rows(keys.places[b + kAhead].values, kKeys, t.dim);
-    place_values(t, keys.places[b], s.rows, s.values + b * t.columns * 512);
+    place_values<L>(t, keys.places[b], s.rows, s.values + b * t.columns * 512);
     if (kScaled<bf16, K>) {
       memcpy(s.key_scales + b * kKeys, keys.places[b].key_scales, kKeys * sizeof(float));
       memcpy(s.value_scales + b * kKeys, keys.places[b].value_scales, kKeys * sizeof(float));
@@ -183,24 +186,47 @@ LaneSight look_at_split(const Attention<bf16, K>& a, const AttentionTask& task, 
   return s;
 }
 
+// The sums of one tile of rows, or two, over blocks [begin, end). before(b) makes the weights of block b.
+template <int L, bool two, class Before>
+LS_INLINE void sum_blocks(const TaskShape& t, const bf16* values, long begin, long end, const float* weights,
+                          const float* weights2, float* sum, float* sum2, const Before& before) {
+  constexpr long kAtOnce = L < 16 ? kFewTiles : kSumTiles<two>, kBlock = kKeys * L;
+  for (long c = 0; c < t.columns; c += kAtOnce) {
+    if constexpr (L == 16)
+      begin_sums();
+    else
+      begin_few_sums();
+    for (long b = begin; b < end; b++) {
+      if (c == 0) before(b);
+      const bf16* from = values + (b * t.columns + c) * 512;
+      if constexpr (L == 16)
+        add_to_sums<two>(from, t.columns - c, weights + b * kBlock, weights2 + b * kBlock);
+      else
+        add_to_few_sums(from, t.columns - c, weights + b * kBlock);
+    }
+    if constexpr (L == 16)
+      store_sums<two>(t.columns - c, sum + c * 256, sum2 + c * 256);
+    else
+      store_few_sums(t.columns - c, sum + c * 16, t.padded);
+  }
+}
+
 // The sums of one tile of rows over blocks [begin, end), each row with the values that it sees: the slow way, where
 // one that it does not see is not finite.
 template <int L>
 void sum_one_by_one(const TaskShape& t, const TileSpace& s, const LaneSight& sight, long begin, long end,
                     const float* weights, float* sum) {
+  const long size = t.columns * 512;
   for (int r = 0; r < L; r++) {
-    for (long b = begin; b < end; b++)
-      for (long i = b * t.columns * 512; i < (b + 1) * t.columns * 512; i++) {
-        const long key = b * kKeys + i % kKeys;
-        s.seen[i] = key >= sight.from[r] && key < sight.to[r] ? s.values[i] : bf16{0};
-      }
-    for (long c = 0; c < t.columns; c += kSumTiles<false>) {
-      begin_sums();
-      for (long b = begin; b < end; b++)
-        add_to_sums<L, false>(s.seen + (b * t.columns + c) * 512, t.columns - c, weights + b * kKeys * L, nullptr);
-      store_sums<L, false>(t.columns - c, s.trial + c * 16 * L, nullptr);
+    for (long i = begin * size; i < end * size; i++) {
+      const long key = i / size * kKeys + (L == 16 ? i % kKeys : i / 32 % 16 * 2 + i % 2);
+      s.seen[i] = key >= sight.from[r] && key < sight.to[r] ? s.values[i] : bf16{0};
     }
-    for (long d = 0; d < t.padded; d++) sum[d * L + r] = s.trial[d * L + r];
+    sum_blocks<L, false>(t, s.seen, begin, end, weights, nullptr, s.trial, nullptr, [](long) {});
+    if constexpr (L == 16)
+      for (long d = 0; d < t.padded; d++) sum[d * L + r] = s.trial[d * L + r];
+    else
+      memcpy(sum + r * t.padded, s.trial + r * t.padded, (size_t)t.padded * sizeof(float));
   }
 }
 
@@ -237,8 +263,11 @@ void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const 
     for (int n = 0; n < kTiles; n++) hide<L>(s.scores[n] + b * block, b, sight[n], s.key_scales, most[n]);
   };
   for (long b = begin; b < end; b++) {  // vectors follow the tiles at a distance of one block
-    tile_scores<L, two>(keys.tiles + 2 * b, queries, queries + t.chunks * 32 * L, t.dim, s.scores[0] + b * block,
-                        s.scores[1] + b * block);
+    float *to = s.scores[0] + b * block, *to2 = s.scores[1] + b * block;
+    if constexpr (L == 16)
+      tile_scores<two>(keys.tiles + 2 * b, queries, queries + t.chunks * 32 * L, t.dim, to, to2);
+    else
+      few_scores<L>(keys.tiles + 2 * b, queries, t.dim, to);
     if (b > begin) shape(b - 1);
   }
   if (begin < end) shape(end - 1);
@@ -248,17 +277,10 @@ void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const 
     store(state[n].level, top);
     level[n] = select((vi)(top == nothing), splat(0.0f), top);
   }
-  for (long c = 0; c < max_of(1, t.columns); c += kSumTiles<two>) {
-    begin_sums();
-    for (long b = begin; b < end; b++) {
-      float *weights = s.scores[0] + b * block, *weights2 = s.scores[1] + b * block;
-      const float* value_scales = s.value_scales ? s.value_scales + b * kKeys : nullptr;
-      if (c == 0) weigh<L>(weights, scale, level[0], value_scales, total[0]);
-      if (c == 0 && two) weigh<L>(weights2, scale, level[1], value_scales, total[1]);
-      add_to_sums<L, two>(s.values + (b * t.columns + c) * 512, t.columns - c, weights, weights2);
-    }
-    store_sums<L, two>(t.columns - c, sum[0] + c * 16 * L, sum[1] + c * 16 * L);
-  }
+  sum_blocks<L, two>(t, s.values, begin, end, s.scores[0], s.scores[1], sum[0], sum[1], [&](long b) {
+    const float* value_scales = s.value_scales ? s.value_scales + b * kKeys : nullptr;
+    for (int n = 0; n < kTiles; n++) weigh<L>(s.scores[n] + b * block, scale, level[n], value_scales, total[n]);
+  });
   for (int n = 0; n < kTiles; n++) {
     store(state[n].weight, sum_of_rows<L>(total[n]));
     if (spoils(t, s, sight[n], begin, end, keys))
@@ -270,22 +292,29 @@ void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const 
 template <int L, class K>
 void write_tile(const Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, long tile, float* sum,
                 const LaneState& state) {
-  const long group = a.group();
-  const vf weight = load(state.weight);
-  for (long i = 0; i < t.padded * L; i += W) store(sum + i, (load(sum + i) + 0.0f) / weight);
-  for (long c = 0; c < t.columns; c++) {
-    alignas(64) float rows[16][W];
-    if constexpr (L == 16) {
-      transpose_words((const uint32_t*)(sum + c * 16 * L), L, (uint32_t*)rows[0]);
-    } else {
-      for (int r = 0; r < L; r++)
-        for (int d = 0; d < 16; d++) rows[r][d] = sum[(c * 16 + d) * L + r];
+  const long group = a.group(), count = min_of(L, t.count - tile * L);
+  const auto row = [&](long i) {
+    const long r = tile * L + i;
+    return a.out + ((task.row + r / group) * a.num_heads + task.head * group + r % group) * t.dim;
+  };
+  if constexpr (L == 16) {
+    const vf weight = load(state.weight);
+    for (long c = 0; c < t.columns; c++) {
+      float *from = sum + c * 256, rows[256];
+      for (long i = 0; i < 256; i += W) store(from + i, (load(from + i) + 0.0f) / weight);
+      transpose_words((const uint32_t*)from, 16, (uint32_t*)rows);
+      for (long i = 0; i < count; i++) store_up_to(row(i) + c * 16, load(rows + i * 16), t.dim - c * 16);
     }
-    for (long i = 0; i < L && tile * L + i < t.count; i++) {
-      const long r = tile * L + i, head = task.head * group + r % group;
-      bf16* out = a.out + ((task.row + r / group) * a.num_heads + head) * t.dim;
-      store_up_to(out + c * 16, load(rows[i]), t.dim - c * 16);
-    }
+  } else {
+    for (long i = 0; i < count; i++)
+      for (long d = 0; d < t.padded; d += 32) {
+        const float* from = sum + i * t.padded + d;
+        float mean[32], in_order[32];
+        for (int j = 0; j < 32; j += W) store(mean + j, (load(from + j) + 0.0f) / state.weight[i]);
+        for (int j = 0; j < 32; j++) in_order[j] = mean[paired_place(j)];
+        for (long j = 0; j < 32 && d + j < t.dim; j += W)
+          store_up_to(row(i) + d + j, load(in_order + j), t.dim - d - j);
+      }
   }
 }
 
@@ -297,7 +326,7 @@ void attend_lanes(Attention<bf16, K>& a, const AttentionTask& task, const TaskSh
   configure_attention(L);
   bool found = true;
   for (long split = task.split_begin; split < task.split_end && found; split++) {
-    found = prepare_split(a, task, t, split, s, keys);
+    found = prepare_split<L>(a, task, t, split, s, keys);
     const bool fresh = split == task.split_begin;
     for (long tile = 0; tile < t.tiles && found; tile += 2) {
       const int count = (int)min_of(2, t.tiles - tile);
@@ -351,8 +380,8 @@ void merge_parts(const Attention<bf16, K>& a, const AttentionTask& task, const T
 template <class K>
 void attend_task_tiled(Attention<bf16, K>& a, const AttentionTask& task, bool merge) {
   const long count = (long)task.count * a.group(), lanes = count <= 4 ? 4 : count <= 8 ? 8 : 16;
-  const TaskShape t = {count, a.head_dim, a.padded_dim(), dim_chunks(a.head_dim), dim_tiles(a.head_dim),
-                       (count + lanes - 1) / lanes};
+  const long padded = round_up(a.head_dim, lanes == 16 ? 16 : 32);
+  const TaskShape t = {count, a.head_dim, padded, dim_chunks(a.head_dim), padded / 16, (count + lanes - 1) / lanes};
   if (merge)
     (lanes == 4 ? merge_parts<4, K> : lanes == 8 ? merge_parts<8, K> : merge_parts<16, K>)(a, task, t);
   else

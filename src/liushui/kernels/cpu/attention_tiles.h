@@ -1,13 +1,14 @@
 // Attention's arithmetic with matrix tiles (AMX), for bfloat16: a split of keys at a time, 16 query rows to a tile.
 //
-// All of it is transposed. Scores are [key][row] = keys times queries^T, so keys are read where they lie in the cache;
-// a vector holds one key's scores for 16 rows (of several keys, where there are few rows), so the softmax never sums
-// across lanes. Weighted sums are [dimension][row] = values^T times weights, the weights rounded to bfloat16.
+// Scores are [key][row] = keys times queries^T, so keys are read where they lie in the cache; a vector holds one key's
+// scores for 16 rows (of several keys, where there are few rows: L lanes each), so the softmax never sums across lanes.
+// Weights are rounded to bfloat16. Weighted sums are [dimension][row] = values^T times weights; of up to 8 rows, which
+// pay for their values' preparation alone, [row][dimension] = weights^T times values, which need less of it.
 //
 // A row's numbers are those of its own keys, whatever else is in the tile. TDPBF16PS forms an element from its row of
 // the first factor and its column of the second: the even and the odd terms each in a chain of fused operations from
 // zero, the sum of both added to the tile, always rounded to nearest, subnormals as zero (Intel, Software Developer's
-// Manual, volume 2, TDPBF16PS). A key that a row does not see has weight +0, which changes neither chain; where that is
+// Manual, volume 2, TDPBF16PS). So it does not matter either which of them is the first. A key that a row does not see has weight +0, which changes neither chain; where that is
 // not enough (values that are not finite) rows are computed one by one. Sums lose the sign of a zero before they are
 // used, so that a last added zero cannot be seen either.
 #pragma once
@@ -22,16 +23,16 @@ static_assert(W == 16 && kKeys == 32, "a block of keys is the depth of a tile");
 constexpr int kSplitBlocks = kTileSplit / kKeys;
 
 inline long dim_chunks(long dim) { return (dim + 31) / 32; }
-inline long dim_tiles(long dim) { return (dim + 15) / 16; }
 
-// Tiles 0 to 3 hold sums, 4 and 5 the first factor, 6 and 7 the second; `lanes` rows of queries.
+// For 16 lanes: tiles 0 to 3 hold sums, 4 and 5 the first factor, 6 and 7 the second. For fewer: 0 and 1 scores, 2
+// queries, 3 keys or values, 4 weights, 5 to 7 sums.
 inline void configure_attention(int lanes) {
   TileConfig config;
   memset(&config, 0, sizeof config);
   config.palette = 1;
   for (int t = 0; t < 8; t++) {
-    config.rows[t] = kTile;
-    config.row_bytes[t] = (uint16_t)(t == 4 || t == 5 ? 64 : 4 * lanes);
+    config.rows[t] = (uint8_t)(t >= 4 ? lanes : kTile);
+    config.row_bytes[t] = (uint16_t)(t >= 3 ? 64 : 4 * lanes);
   }
   LS_TILE_CONFIG(&config);
 }
@@ -89,23 +90,61 @@ LS_INLINE vf of_keys(const float* scales) {
   return v;
 }
 
-// Weights of the keys of two vectors as the second factor of the sums: [pair of keys][row][2], 64 bytes.
-template <int L>
-LS_INLINE void store_pairs(bf16* to, vf first, vf second) {
-  struct Order {
-    alignas(64) uint16_t from[32];
-    constexpr Order() : from() {
-      for (int i = 0; i < 32; i++) from[i] = (uint16_t)((2 * (i / (2 * L)) + i % 2) * L + i % (2 * L) / 2);
-    }
-  };
-  static constexpr Order order;
+// Weights of two keys for 16 rows as the second factor of the sums: [row][2].
+LS_INLINE void store_pair(bf16* to, vf first, vf second) {
 #if defined(__AVX512BF16__)
+  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-  _mm512_storeu_si512((void*)to, _mm512_permutexvar_epi16(_mm512_load_si512(order.from), both));
+  _mm512_storeu_si512((void*)to, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
 #else
   bf16 both[32];
   store(both, first), store(both + W, second);
-  for (int i = 0; i < 32; i++) to[i] = both[order.from[i]];
+  for (int i = 0; i < 32; i++) to[i] = both[i % 2 * 16 + i / 2];
+#endif
+}
+
+// Weights [kKeys][L] of a block for few rows as the first factor of the sums: [row][key].
+template <int L>
+LS_INLINE void store_rows(bf16* to, const vf* p) {
+#if defined(__AVX512BF16__)
+  constexpr int kPairs = L / 2, kTogether = 64 / L;  // two vectors of bfloat16 hold that many keys
+  struct Order {
+    alignas(64) uint16_t from[2][32];
+    constexpr Order() : from() {
+      for (int i = 0; i < 64; i++) from[i / 32][i % 32] = (uint16_t)(i % kTogether * L + i / kTogether);
+    }
+  };
+  static constexpr Order order;
+  const __m512i low = _mm512_load_si512(order.from[0]), high = _mm512_load_si512(order.from[1]);
+  __m512i part[2][kPairs];  // the lower and the upper half of the rows, [row][kTogether keys]
+#pragma GCC unroll 4
+  for (int i = 0; i < kPairs; i++) {
+    const __m512i a = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[4 * i + 1], (__m512)p[4 * i]);
+    const __m512i b = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[4 * i + 3], (__m512)p[4 * i + 2]);
+    part[0][i] = _mm512_permutex2var_epi16(a, low, b);
+    part[1][i] = _mm512_permutex2var_epi16(a, high, b);
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++, to += L / 2 * kKeys) {
+    const __m512i* from = part[half];
+    if constexpr (L == 4) {
+      _mm512_storeu_si512((void*)to, _mm512_shuffle_i64x2(from[0], from[1], 0x44));
+      _mm512_storeu_si512((void*)(to + 32), _mm512_shuffle_i64x2(from[0], from[1], 0xee));
+    } else {
+      const __m512i a = _mm512_shuffle_i64x2(from[0], from[1], 0x88), b = _mm512_shuffle_i64x2(from[0], from[1], 0xdd);
+      const __m512i c = _mm512_shuffle_i64x2(from[2], from[3], 0x88), e = _mm512_shuffle_i64x2(from[2], from[3], 0xdd);
+      _mm512_storeu_si512((void*)to, _mm512_shuffle_i64x2(a, c, 0x88));
+      _mm512_storeu_si512((void*)(to + 32), _mm512_shuffle_i64x2(b, e, 0x88));
+      _mm512_storeu_si512((void*)(to + 64), _mm512_shuffle_i64x2(a, c, 0xdd));
+      _mm512_storeu_si512((void*)(to + 96), _mm512_shuffle_i64x2(b, e, 0xdd));
+    }
+  }
+#else
+  bf16 all[kKeys * L];
+  for (int i = 0; i < kKeys * L / W; i++) store(all + i * W, p[i]);
+  for (int r = 0; r < L; r++)
+    for (int key = 0; key < kKeys; key++) to[r * kKeys + key] = all[key * L + r];
 #endif
 }
 
@@ -144,17 +183,22 @@ LS_INLINE void hide(float* scores, long block, const LaneSight& sight, const flo
 // forward.
 template <int L>
 LS_INLINE void weigh(float* scores, float scale, vf level, const float* value_scales, vf* total) {
-  constexpr int kEach = W / L, kSums = 4 / kEach;
+  constexpr int kEach = W / L, kSums = 4 / kEach, kAtOnce = L == 16 ? 4 : kKeys / kEach;
   bf16* to = (bf16*)scores;
-  for (int i = 0; i < kKeys / kEach; i += 4) {
-    vf p[4];
-    for (int j = 0; j < 4; j++) {
+  for (int i = 0; i < kKeys / kEach; i += kAtOnce) {
+    vf p[kAtOnce];
+#pragma GCC unroll 16
+    for (int j = 0; j < kAtOnce; j++) {
       p[j] = power_of_two(fma(load(scores + (i + j) * W), splat(scale), -level));
       total[j % kSums] = total[j % kSums] + p[j];
       if (value_scales) p[j] = p[j] * of_keys<L>(value_scales + (i + j) * kEach);
     }
-    store_pairs<L>(to + i * W, p[0], p[1]);
-    store_pairs<L>(to + (i + 2) * W, p[2], p[3]);
+    if constexpr (L == 16) {
+      store_pair(to + i * W, p[0], p[1]);
+      store_pair(to + (i + 2) * W, p[2], p[3]);
+    } else {
+      store_rows<L>(to, p);
+    }
   }
 }
 
@@ -239,6 +283,27 @@ LS_INLINE void turn_values(const bf16* const* values, long d, bf16* out) {
 #endif
 }
 
+// Where dimension i of 32 lies in the pairs' order: pairs are made within quarters of a register.
+LS_INLINE int paired_place(int i) { return i / 8 * 4 + i % 4 + i / 4 % 2 * 16; }
+
+// Dimensions [d, d + 32) of a block's values as the second factor: two tiles of [pair of keys][dimension][2], dimensions
+// in the pairs' order.
+LS_INLINE void pair_values(const bf16* const* values, long d, bf16* out) {
+  for (int pair = 0; pair < 16; pair++, out += 32) {
+    const bf16 *even = values[2 * pair] + d, *odd = values[2 * pair + 1] + d;
+#if defined(__AVX512BW__)
+    const __m512i a = _mm512_loadu_si512((const void*)even), b = _mm512_loadu_si512((const void*)odd);
+    _mm512_storeu_si512((void*)out, _mm512_unpacklo_epi16(a, b));
+    _mm512_storeu_si512((void*)(out + 512), _mm512_unpackhi_epi16(a, b));
+#else
+    for (int i = 0; i < 32; i++) {
+      bf16* to = out + paired_place(i) / 16 * 512 + paired_place(i) % 16 * 2;
+      to[0] = even[i], to[1] = odd[i];
+    }
+#endif
+  }
+}
+
 inline bool all_finite(const bf16* values, long count) {
   vi odd = {};
   for (long i = 0; i < count; i += 32) {
@@ -257,11 +322,10 @@ struct KeyTile {
   long row_bytes;
 };
 
-// scores [kKeys][lanes] of one tile of rows, or of two, with a block's keys. queries [chunk][pair of dimensions][row][2].
-template <int L, bool two>
+// scores [kKeys][16] of one tile of rows, or of two, with a block's keys. queries [chunk][pair of dimensions][row][2].
+template <bool two>
 inline void tile_scores(const KeyTile* keys, const bf16* queries, const bf16* queries2, long dim, float* scores,
                         float* scores2) {
-  constexpr long kBytes = 4 * L;
   LS_TILE_ZERO(0);
   LS_TILE_ZERO(1);
   if (two) {
@@ -269,23 +333,70 @@ inline void tile_scores(const KeyTile* keys, const bf16* queries, const bf16* qu
     LS_TILE_ZERO(3);
   }
   for (long c = 0; c < dim_chunks(dim); c++) {
-    LS_TILE_LOAD(6, queries + c * 32 * L, kBytes);
+    LS_TILE_LOAD(6, queries + c * 512, 64);
     LS_TILE_LOAD(4, keys[0].first + c * 32, keys[0].row_bytes);
     LS_TILE_BF16(0, 4, 6);
     LS_TILE_LOAD(5, keys[1].first + c * 32, keys[1].row_bytes);
     LS_TILE_BF16(1, 5, 6);
     if (two) {
-      LS_TILE_LOAD(7, queries2 + c * 32 * L, kBytes);
+      LS_TILE_LOAD(7, queries2 + c * 512, 64);
       LS_TILE_BF16(2, 4, 7);
       LS_TILE_BF16(3, 5, 7);
     }
   }
+  LS_TILE_STORE(0, scores, 64);
+  LS_TILE_STORE(1, scores + 256, 64);
+  if (two) {
+    LS_TILE_STORE(2, scores2, 64);
+    LS_TILE_STORE(3, scores2 + 256, 64);
+  }
+}
+
+// The same of few rows.
+template <int L>
+inline void few_scores(const KeyTile* keys, const bf16* queries, long dim, float* scores) {
+  constexpr long kBytes = 4 * L;
+  LS_TILE_ZERO(0);
+  LS_TILE_ZERO(1);
+  for (long c = 0; c < dim_chunks(dim); c++) {
+    LS_TILE_LOAD(2, queries + c * 32 * L, kBytes);
+    LS_TILE_LOAD(3, keys[0].first + c * 32, keys[0].row_bytes);
+    LS_TILE_BF16(0, 3, 2);
+    LS_TILE_LOAD(3, keys[1].first + c * 32, keys[1].row_bytes);
+    LS_TILE_BF16(1, 3, 2);
+  }
   LS_TILE_STORE(0, scores, kBytes);
   LS_TILE_STORE(1, scores + 16 * L, kBytes);
-  if (two) {
-    LS_TILE_STORE(2, scores2, kBytes);
-    LS_TILE_STORE(3, scores2 + 16 * L, kBytes);
+}
+
+// Sums of few rows are made three tiles of dimensions at a time.
+constexpr long kFewTiles = 3;
+
+inline void begin_few_sums() {
+  LS_TILE_ZERO(5);
+  LS_TILE_ZERO(6);
+  LS_TILE_ZERO(7);
+}
+
+inline void add_to_few_sums(const bf16* values, long left, const float* weights) {
+  LS_TILE_LOAD(4, weights, 64);
+  LS_TILE_LOAD(3, values, 64);
+  LS_TILE_BF16(5, 4, 3);
+  if (left > 1) {
+    LS_TILE_LOAD(3, values + 512, 64);
+    LS_TILE_BF16(6, 4, 3);
   }
+  if (left > 2) {
+    LS_TILE_LOAD(3, values + 1024, 64);
+    LS_TILE_BF16(7, 4, 3);
+  }
+}
+
+// To sums [row][padded].
+inline void store_few_sums(long left, float* sum, long padded) {
+  LS_TILE_STORE(5, sum, padded * 4);
+  if (left > 1) LS_TILE_STORE(6, sum + 16, padded * 4);
+  if (left > 2) LS_TILE_STORE(7, sum + 32, padded * 4);
 }
 
 // Sums of one tile of rows are made four tiles of dimensions at a time, of two tiles of rows two at a time.
@@ -300,14 +411,13 @@ inline void begin_sums() {
 }
 
 // Sums += a block's values^T times its weights, for `left` tiles of dimensions.
-template <int L, bool two>
+template <bool two>
 inline void add_to_sums(const bf16* values, long left, const float* weights, const float* weights2) {
-  constexpr long kBytes = 4 * L;
-  LS_TILE_LOAD(6, weights, kBytes);
+  LS_TILE_LOAD(6, weights, 64);
   LS_TILE_LOAD(4, values, 64);
   LS_TILE_BF16(0, 4, 6);
   if (two) {
-    LS_TILE_LOAD(7, weights2, kBytes);
+    LS_TILE_LOAD(7, weights2, 64);
     LS_TILE_BF16(2, 4, 7);
   }
   if (left > 1) {
@@ -326,19 +436,18 @@ inline void add_to_sums(const bf16* values, long left, const float* weights, con
   }
 }
 
-// To sums [dimension][L].
-template <int L, bool two>
+// To sums [dimension][row].
+template <bool two>
 inline void store_sums(long left, float* sum, float* sum2) {
-  constexpr long kBytes = 4 * L;
-  LS_TILE_STORE(0, sum, kBytes);
-  if (left > 1) LS_TILE_STORE(1, sum + 16 * L, kBytes);
+  LS_TILE_STORE(0, sum, 64);
+  if (left > 1) LS_TILE_STORE(1, sum + 256, 64);
   if (two) {
-    LS_TILE_STORE(2, sum2, kBytes);
-    if (left > 1) LS_TILE_STORE(3, sum2 + 16 * L, kBytes);
+    LS_TILE_STORE(2, sum2, 64);
+    if (left > 1) LS_TILE_STORE(3, sum2 + 256, 64);
     return;
   }
-  if (left > 2) LS_TILE_STORE(2, sum + 32 * L, kBytes);
-  if (left > 3) LS_TILE_STORE(3, sum + 48 * L, kBytes);
+  if (left > 2) LS_TILE_STORE(2, sum + 512, 64);
+  if (left > 3) LS_TILE_STORE(3, sum + 768, 64);
 }
 
 // What a tile of rows knows so far, a row in lane i % L: its highest score (a power of two) and its sum of weights.
@@ -346,14 +455,19 @@ struct LaneState {
   alignas(64) float level[W], weight[W];
 };
 
-// sum [dimension][L] and state joined with those of the next split.
+// Sums (of the width's dimensions, for L rows) and state joined with those of the next split.
 template <int L>
 LS_INLINE void merge_lanes(float* sum, LaneState& state, const float* more, const LaneState& next, long padded) {
   const vf before = load(state.level), now = load(next.level), joint = vmax(before, now);
   const vf top = select((vi)(joint == splat(-__builtin_inff())), splat(0.0f), joint);  // no key yet
   const vf keep = power_of_two(before - top), add = power_of_two(now - top);
-  for (long i = 0; i < padded * L; i += W)
-    store(sum + i, fma(load(more + i) + 0.0f, add, load(sum + i) * keep));
+  const auto join = [&](long i, vf k, vf a) { store(sum + i, fma(load(more + i) + 0.0f, a, load(sum + i) * k)); };
+  if constexpr (L == 16) {
+    for (long i = 0; i < padded * L; i += W) join(i, keep, add);
+  } else {
+    for (int r = 0; r < L; r++)
+      for (long d = 0; d < padded; d += W) join(r * padded + d, splat(keep[r]), splat(add[r]));
+  }
   store(state.level, joint);
   store(state.weight, fma(load(next.weight), add, load(state.weight) * keep));
 }
