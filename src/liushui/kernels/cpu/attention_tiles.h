@@ -8,9 +8,9 @@
 // A row's numbers are those of its own keys, whatever else is in the tile. TDPBF16PS forms an element from its row of
 // the first factor and its column of the second: the even and the odd terms each in a chain of fused operations from
 // zero, the sum of both added to the tile, always rounded to nearest, subnormals as zero (Intel, Software Developer's
-// Manual, volume 2, TDPBF16PS). So it does not matter either which of them is the first. A key that a row does not see has weight +0, which changes neither chain; where that is
-// not enough (values that are not finite) rows are computed one by one. Sums lose the sign of a zero before they are
-// used, so that a last added zero cannot be seen either.
+// Manual, volume 2, TDPBF16PS). So it does not matter either which of them is the first. A key that a row does not see
+// has weight +0, which changes neither chain; where that is not enough (values that are not finite) rows are computed
+// one by one. Sums lose the sign of a zero before they are used, so that a last added zero cannot be seen either.
 #pragma once
 #include "amx.h"
 #include "attention_block.h"
@@ -286,8 +286,8 @@ LS_INLINE void turn_values(const bf16* const* values, long d, bf16* out) {
 // Where dimension i of 32 lies in the pairs' order: pairs are made within quarters of a register.
 LS_INLINE int paired_place(int i) { return i / 8 * 4 + i % 4 + i / 4 % 2 * 16; }
 
-// Dimensions [d, d + 32) of a block's values as the second factor: two tiles of [pair of keys][dimension][2], dimensions
-// in the pairs' order.
+// Dimensions [d, d + 32) of a block's values as the second factor: two tiles of [pair of keys][dimension][2], in the
+// pairs' order.
 LS_INLINE void pair_values(const bf16* const* values, long d, bf16* out) {
   for (int pair = 0; pair < 16; pair++, out += 32) {
     const bf16 *even = values[2 * pair] + d, *odd = values[2 * pair + 1] + d;
