@@ -50,20 +50,33 @@ TileSpace divide_scratch(const TaskShape& t, bool copies, bool scaled) {
           (LaneState*)part[8], (bf16*)part[9], part[10], scaled ? part[11] : nullptr, scaled ? part[12] : nullptr};
 }
 
+// Calls each(i, token, head) for rows [row, row + count) of a task, with the token's and the head's number in it.
+template <class Each>
+LS_INLINE void each_row(long row, long count, long group, const Each& each) {
+  long token = row / group, head = row % group;
+  for (long i = 0; i < count; i++) {
+    each(i, token, head);
+    if (++head == group) head = 0, token++;
+  }
+}
+
 // Queries as the second factor, zeros for rows that are not there. The sign of the scale goes to them, so that the
 // highest score is that of the highest product.
 template <int L, class K>
 void pack_queries(const Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, bf16* out) {
-  const long group = a.group();
   const uint32_t flip = a.scale < 0.0f ? 0x80008000u : 0;
-  for (long tile = 0; tile < t.tiles; tile++)
+  const bf16* first = a.qkv + task.row * a.qkv_stride + task.head * a.group() * t.dim;
+  for (long tile = 0; tile < t.tiles; tile++) {
+    const bf16* from[L];
+    const long count = min_of(L, t.count - tile * L);
+    each_row(tile * L, count, a.group(),
+             [&](long i, long token, long head) { from[i] = first + token * a.qkv_stride + head * t.dim; });
+    alignas(64) uint32_t words[16][16] = {};
     for (long c = 0; c < t.chunks; c++, out += 32 * L) {
-      alignas(64) uint32_t words[16][16] = {};
       const long part = min_of(32, t.dim - c * 32);
-      for (long i = 0; i < L && tile * L + i < t.count; i++) {
-        const long r = tile * L + i;
-        const bf16* from = a.qkv + (task.row + r / group) * a.qkv_stride + (task.head * group + r % group) * t.dim;
-        memcpy(words[i], (const void*)(from + c * 32), (size_t)part * sizeof(bf16));
+      for (long i = 0; i < count; i++) {
+        if (part < 32) memset(words[i], 0, sizeof words[i]);
+        memcpy(words[i], (const void*)(from[i] + c * 32), (size_t)part * sizeof(bf16));
         for (int w = 0; w < 16; w++) words[i][w] ^= flip;
       }
       if constexpr (L == 16) {
@@ -73,6 +86,7 @@ void pack_queries(const Attention<bf16, K>& a, const AttentionTask& task, const 
           for (int i = 0; i < L; i++) memcpy((void*)(out + 2 * (w * L + i)), &words[i][w], 4);
       }
     }
+  }
 }
 
 // Finds the keys and values of a split; false where the block table points outside the cache.
@@ -133,10 +147,13 @@ void place_keys(const TaskShape& t, long b, bool in_place, SplitKeys<K>& keys, b
 // A block's values, as the sums take them.
 template <int L, class K>
 void place_values(const TaskShape& t, const Place<K>& place, bf16* copies, bf16* out) {
-  const bf16* rows[kKeys];
-  const bool copy = sizeof(K) == 1 || t.dim < t.padded;
-  if (copy) copy_rows(place.values, t.dim, t.padded, copies);
-  for (long j = 0; j < kKeys; j++) rows[j] = copy ? copies + j * t.padded : (const bf16*)place.values[j];
+  const bf16 *copied[kKeys], *const *rows = copied;
+  if (sizeof(K) == 1 || t.dim < t.padded) {
+    copy_rows(place.values, t.dim, t.padded, copies);
+    for (long j = 0; j < kKeys; j++) copied[j] = copies + j * t.padded;
+  } else {
+    rows = (const bf16* const*)place.values;
+  }
   if constexpr (L == 16)
     for (long d = 0; d < t.padded; d += 8) turn_values(rows, d, out + d * kKeys);
   else
@@ -170,19 +187,22 @@ bool prepare_split(Attention<bf16, K>& a, const AttentionTask& task, const TaskS
 template <int L, class K>
 LaneSight look_at_split(const Attention<bf16, K>& a, const AttentionTask& task, long first, long row, long count) {
   LaneSight s;
-  s.all_from = s.last = 0;
-  s.all_to = s.first = kTileSplit;
-  for (int lane = 0; lane < W; lane++) {
-    s.from[lane] = 0, s.to[lane] = kTileSplit;
-    if (row + lane % L >= count) continue;
-    const long position = task.position + (row + lane % L) / a.group() - first;
+  s.all_from = s.first = 0;
+  s.all_to = s.last = kTileSplit;
+  for (int lane = 0; lane < W; lane++) s.from[lane] = 0, s.to[lane] = kTileSplit;
+  const long before = task.position - first, rows = min_of(L, count - row), group = a.group();
+  const long low = before + row / group, high = before + (row + rows - 1) / group;
+  if (low >= kTileSplit - 1 && (a.window == 0 || high < a.window)) return s;
+  s.first = kTileSplit, s.last = 0;
+  each_row(row, rows, group, [&](long i, long token, long) {
+    const long position = before + token;
     long from = a.window > 0 ? max_of(0, position - a.window + 1) : 0, to = max_of(0, min_of(kTileSplit, position + 1));
     if (from >= to) from = to = 0;
-    s.from[lane] = (int32_t)from, s.to[lane] = (int32_t)to;
+    for (long lane = i; lane < W; lane += L) s.from[lane] = (int32_t)from, s.to[lane] = (int32_t)to;
     s.all_from = max_of(s.all_from, from), s.all_to = min_of(s.all_to, to);
     s.last = max_of(s.last, to);
     if (to > 0) s.first = min_of(s.first, from);
-  }
+  });
   return s;
 }
 
@@ -292,18 +312,17 @@ void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const 
 template <int L, class K>
 void write_tile(const Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, long tile, float* sum,
                 const LaneState& state) {
-  const long group = a.group(), count = min_of(L, t.count - tile * L);
-  const auto row = [&](long i) {
-    const long r = tile * L + i;
-    return a.out + ((task.row + r / group) * a.num_heads + task.head * group + r % group) * t.dim;
-  };
+  const long count = min_of(L, t.count - tile * L), width = a.num_heads * t.dim;
+  bf16 *first = a.out + task.row * width + task.head * a.group() * t.dim, *out[L];
+  each_row(tile * L, count, a.group(),
+           [&](long i, long token, long head) { out[i] = first + token * width + head * t.dim; });
   if constexpr (L == 16) {
     const vf weight = load(state.weight);
     for (long c = 0; c < t.columns; c++) {
       float *from = sum + c * 256, rows[256];
       for (long i = 0; i < 256; i += W) store(from + i, (load(from + i) + 0.0f) / weight);
       transpose_words((const uint32_t*)from, 16, (uint32_t*)rows);
-      for (long i = 0; i < count; i++) store_up_to(row(i) + c * 16, load(rows + i * 16), t.dim - c * 16);
+      for (long i = 0; i < count; i++) store_up_to(out[i] + c * 16, load(rows + i * 16), t.dim - c * 16);
     }
   } else {
     for (long i = 0; i < count; i++)
@@ -313,7 +332,7 @@ void write_tile(const Attention<bf16, K>& a, const AttentionTask& task, const Ta
         for (int j = 0; j < 32; j += W) store(mean + j, (load(from + j) + 0.0f) / state.weight[i]);
         for (int j = 0; j < 32; j++) in_order[j] = mean[paired_place(j)];
         for (long j = 0; j < 32 && d + j < t.dim; j += W)
-          store_up_to(row(i) + d + j, load(in_order + j), t.dim - d - j);
+          store_up_to(out[i] + d + j, load(in_order + j), t.dim - d - j);
       }
   }
 }
