@@ -242,7 +242,7 @@ void sum_one_by_one(const TaskShape& t, const TileSpace& s, const LaneSight& sig
       const long key = i / size * kKeys + (L == 16 ? i % kKeys : i / 32 % 16 * 2 + i % 2);
       s.seen[i] = key >= sight.from[r] && key < sight.to[r] ? s.values[i] : bf16{0};
     }
-    sum_blocks<L, false>(t, s.seen, begin, end, weights, nullptr, s.trial, nullptr, [](long) {});
+    sum_blocks<L, false>(t, s.seen, begin, end, weights, weights, s.trial, s.trial, [](long) {});
     if constexpr (L == 16)
       for (long d = 0; d < t.padded; d++) sum[d * L + r] = s.trial[d * L + r];
     else

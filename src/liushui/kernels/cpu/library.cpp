@@ -55,7 +55,7 @@ AttentionPlan plan_attention(int threads, int num_sequences, const int32_t* quer
   int tile = std::max(1, cut.rows / group);
   // Rather smaller tasks than idle threads.
   const int64_t units = static_cast<int64_t>(query_start[num_sequences]) * num_kv_heads;
-  while (tile * group > 32 && units < static_cast<int64_t>(tile) * 4 * threads) tile = (tile + 1) / 2;
+  while (tile > 1 && tile * group > 32 && units < static_cast<int64_t>(tile) * 4 * threads) tile = (tile + 1) / 2;
   auto& tasks = buffers.tasks;
   auto& merges = buffers.merges;
   tasks.clear();
