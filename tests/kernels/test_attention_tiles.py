@@ -104,7 +104,7 @@ def test_long_sequences_in_splits() -> None:
         assert torch.equal(chunk[-1:], alone)
 
 
-@pytest.mark.parametrize("queries", [1, 2, 4, 5, 8, 9, 16, 20])
+@pytest.mark.parametrize("queries", [1, 2, 4, 5, 8, 9, 16, 20, 40])
 @pytest.mark.parametrize("window", [None, 300])
 def test_a_row_alone_is_the_row_in_a_prompt(queries: int, window: int | None) -> None:
     """However many rows share a vector: every position computed alone, against the prompt in one piece."""
