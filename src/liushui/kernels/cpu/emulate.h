@@ -3,6 +3,9 @@
 #pragma once
 #include <stdlib.h>
 
+// Not inlined a hundred times: the tests wait for the compiler.
+#define LS_OUT_OF_LINE __attribute__((noinline, unused)) static
+
 namespace {
 
 struct EmulatedTiles {
@@ -17,7 +20,7 @@ inline void check_tile(bool right) {
   if (!right) abort();  // the machine would raise #UD
 }
 
-inline void emulate_config(const void* memory) {
+LS_OUT_OF_LINE void emulate_config(const void* memory) {
   const uint8_t* config = (const uint8_t*)memory;
   memset(&tiles, 0, sizeof tiles);
   tiles.palette = config[0];
@@ -28,14 +31,14 @@ inline void emulate_config(const void* memory) {
   for (int t = 0; t < 8; t++) check_tile(tiles.row_bytes[t] <= 64 && tiles.rows[t] <= 16);
 }
 
-inline void emulate_load(int t, const void* base, long stride) {
+LS_OUT_OF_LINE void emulate_load(int t, const void* base, long stride) {
   check_tile(tiles.palette && tiles.rows[t]);
   memset(tiles.data[t], 0, sizeof tiles.data[t]);
   for (int r = 0; r < tiles.rows[t]; r++)
     memcpy(tiles.data[t][r], (const char*)base + r * stride, tiles.row_bytes[t]);
 }
 
-inline void emulate_store(int t, void* base, long stride) {
+LS_OUT_OF_LINE void emulate_store(int t, void* base, long stride) {
   check_tile(tiles.palette && tiles.rows[t]);
   for (int r = 0; r < tiles.rows[t]; r++) memcpy((char*)base + r * stride, tiles.data[t][r], tiles.row_bytes[t]);
 }
@@ -63,7 +66,7 @@ inline float bf16_at(const uint8_t* p) {
 }
 
 // Even and odd terms in a chain of fused operations each, from zero; their sum is added to the tile.
-inline void emulate_bf16(int c, int a, int b) {
+LS_OUT_OF_LINE void emulate_bf16(int c, int a, int b) {
   check_shapes(c, a, b);
   for (int m = 0; m < tiles.rows[c]; m++)
     for (int n = 0; n < tiles.row_bytes[c] / 4; n++) {
@@ -79,7 +82,7 @@ inline void emulate_bf16(int c, int a, int b) {
     }
 }
 
-inline void emulate_int8(int c, int a, int b) {
+LS_OUT_OF_LINE void emulate_int8(int c, int a, int b) {
   check_shapes(c, a, b);
   for (int m = 0; m < tiles.rows[c]; m++)
     for (int n = 0; n < tiles.row_bytes[c] / 4; n++) {
