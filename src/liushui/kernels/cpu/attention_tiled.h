@@ -216,8 +216,11 @@ LS_INLINE void sum_blocks(const TaskShape& t, const bf16* values, long begin, lo
       begin_sums();
     else
       begin_few_sums();
-    for (long b = begin; b < end; b++) {
-      if (c == 0) before(b);
+    const long lag = c == 0;  // blocks between the weights' making and their use: stores take their time
+    for (long next = begin; next < end + lag; next++) {
+      if (lag && next < end) before(next);
+      const long b = next - lag;
+      if (b < begin) continue;
       const bf16* from = values + (b * t.columns + c) * 512;
       if constexpr (L == 16)
         add_to_sums<two>(from, t.columns - c, weights + b * kBlock, weights2 + b * kBlock);
