@@ -355,7 +355,7 @@ void attend_lanes(Attention<bf16, K>& a, const AttentionTask& task, const TaskSh
       float *own = s.sum + tile * t.padded * L, *to[2] = {fresh ? own : s.more, nullptr};
       to[1] = to[0] + t.padded * L;
       LaneState next[2];
-      (count == 2 ? attend_tiles<L, true, K> : attend_tiles<L, false, K>)(a, task, t, tile, s, keys, to, next);
+      (count == 2 ? attend_tiles<L, L == 16, K> : attend_tiles<L, false, K>)(a, task, t, tile, s, keys, to, next);
       for (int n = 0; n < count; n++) {
         if (fresh)
           s.state[tile + n] = next[n];
