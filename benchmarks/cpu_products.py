@@ -20,6 +20,7 @@ from liushui.errors import LiushuiError
 from liushui.kernels.native import INSTRUCTION_SETS
 from liushui.kernels.native_linear import NativeLinear, Record
 from liushui.kernels.ops import load_ops
+from liushui.kernels.quantised import AS_BFLOAT16
 
 SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152))
 """SmolLM2-135M: inputs and outputs of its products."""
@@ -63,13 +64,14 @@ def native(isa: str, threads: int, kind: str, x: torch.Tensor, outputs: int) -> 
     from tests.kernels.quant_support import random_rows
 
     ops = load_ops("native", threads, isa=isa)
-    inputs = x.shape[1]
+    inputs, named = x.shape[1], kind
+    kind, _, expanded = kind.partition(":")
     if kind in ("Q4_K", "Q6_K") and inputs % 256:
         return None
     if kind in ("float32", "bfloat16"):
         packed = ops.pack_linear(torch.randn(outputs, inputs).to(getattr(torch, kind)))
     else:
-        packed = ops.pack_linear(random_rows(kind, outputs, inputs))
+        packed = ops.pack_linear(random_rows(kind, outputs, inputs), None, AS_BFLOAT16 if expanded else None)
     assert isinstance(packed, NativeLinear)
     product = ops.products._product
     x = x.float() if kind == "float32" else x
@@ -87,7 +89,7 @@ def native(isa: str, threads: int, kind: str, x: torch.Tensor, outputs: int) -> 
         keep.append((record, memory, x, out))
         where = (x.data_ptr(), type_, x.shape[0], out.data_ptr(), type_, 0, outputs)
         runs.append(partial(product, threads, ctypes.addressof(record), *where))
-    return Contender(f"{isa} {kind}", packed.nbytes, runs, keep)
+    return Contender(f"{isa} {named}", packed.nbytes, runs, keep)
 
 
 def vendor(x: torch.Tensor, outputs: int) -> Contender:
@@ -127,7 +129,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 512])
     parser.add_argument("--isa", nargs="+", help="default: the best this machine has")
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="Q4_1:bf16: expanded and multiplied as it")
     parser.add_argument("--shapes", nargs="+", default=[f"{k}x{n}" for k, n in SHAPES], help="inputs x outputs")
     parser.add_argument("--seconds", type=float, default=0.02, help="of one pass")
     args = parser.parse_args()

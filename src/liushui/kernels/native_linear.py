@@ -1,7 +1,8 @@
 """The native products: weights packed once, then x @ weight.T + bias with an order of sums that ignores the batch.
 
 Integer weights (int8, 4 bits, and GGUF's blocks) stay as they are in memory. x is rounded to 16 bits in groups of 32,
-by itself for each row; a group's sum is exact, and groups are added in order.
+by itself for each row; a group's sum is exact, and groups are added in order. With AMX they can be held to be
+multiplied as bfloat16 instead: the product then has the bits of bfloat16 weights, and reads fewer bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from liushui.kernels.arrays import Arena, Array, type_name
 from liushui.kernels.ops import PackedLinear
-from liushui.kernels.quantised import Quantised, QuantisedRows
+from liushui.kernels.quantised import AS_BFLOAT16, Quantised, QuantisedRows
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "int4+min": 4, "int4 K": 5, "int6 K": 6}
 """`WeightFormat` in linear.h."""
+FORMATS |= {name + AS_BFLOAT16: 16 + number for name, number in FORMATS.items() if number >= FORMATS["int8"]}
 SOURCES = {
     "F32": (0, "float32", 1, 4),
     "BF16": (1, "bfloat16", 1, 2),
@@ -103,7 +105,8 @@ class NativeProducts:
         self._layout = f"native {isa}"
 
     def pack(self, weight: Tensor | Quantised, bias: Tensor | None = None, form: str | None = None) -> NativeLinear:
-        """weight [N, K] in float32 or bfloat16, or GGUF blocks; `form`: int8 or int4, to quantise float32."""
+        """weight [N, K] in float32 or bfloat16, or GGUF blocks; `form`: int8 or int4, to quantise float32, and behind
+        it, or alone, `AS_BFLOAT16`."""
         if isinstance(weight, Quantised):
             form = form or weight.form
         stacked = weight.parts if isinstance(weight, Quantised) else (_Part.of(weight),)
@@ -144,6 +147,8 @@ class NativeProducts:
             raise ValueError("native kernels take contiguous tensors")
         if shape[1] % block or rows.nbytes != shape[0] * (shape[1] // block) * nbytes:
             raise ValueError(f"pack_linear: {rows.nbytes} bytes of {kind} are not {list(shape)}")
+        if form == AS_BFLOAT16:
+            form = (held or "") + AS_BFLOAT16
         record = Record(format=FORMATS[form or held or ""], n=shape[0], k=shape[1])
         size = self._weight_bytes(ctypes.addressof(record))
         if size < 0:

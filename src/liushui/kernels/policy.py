@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from liushui.kernels.arrays import type_name
 from liushui.kernels.ops import Ops, PackedLinear
-from liushui.kernels.quantised import Quantised
+from liushui.kernels.quantised import AS_BFLOAT16, Quantised
 
 if TYPE_CHECKING:
     import torch
@@ -59,9 +59,12 @@ class KernelPolicy:
     product where certified. `fast`: the vendor's product as it comes.
     """
 
-    def __init__(self, ops: Ops, numerics: str = "invariant", quantise: str | None = None) -> None:
-        """`quantise` (int8, int4): hold the weights of products in groups of 32 integers."""
-        self.ops, self.quantise = ops, quantise
+    def __init__(
+        self, ops: Ops, numerics: str = "invariant", quantise: str | None = None, *, expand: bool = False
+    ) -> None:
+        """`quantise` (int8, int4): hold the weights of products in groups of 32 integers. `expand`: multiply integers
+        as bfloat16."""
+        self.ops, self.quantise, self.expand = ops, quantise, expand
         self.numerics = numerics
         self._certificates: dict[tuple[int, int, torch.dtype, bool], RowCertificate] = {}
         self._linear_kinds: set[str] = set()
@@ -78,7 +81,7 @@ class KernelPolicy:
 
                 self._linear_kinds.add("vendor product, unconstrained")
                 return PlainLinear(weight, bias)
-        packed = self.ops.pack_linear(weight, bias, quantise)
+        packed = self.ops.pack_linear(weight, bias, self._form(weight, quantise))
         if packed is not None:
             held = packed.kind.rpartition(": ")[2] if self.ops.name == "native" else ""
             self._linear_kinds.add(f"{self.ops.name} product" + (f" ({held})" if held else ""))
@@ -91,6 +94,11 @@ class KernelPolicy:
         key = (*weight.shape, weight.dtype, bias is None)
         certificate = self._certificates.setdefault(key, RowCertificate())
         return CertifiedLinear(weight, bias, certificate)
+
+    def _form(self, weight: torch.Tensor | Quantised, quantise: str | None) -> str | None:
+        form = quantise or (weight.form if isinstance(weight, Quantised) else None)
+        integers = form in ("int8", "int4") or (form is None and isinstance(weight, Quantised))
+        return (form or "") + AS_BFLOAT16 if self.expand and integers else form
 
     def table(
         self, weight: torch.Tensor | Quantised, dtype: torch.dtype, product: Linear | None = None

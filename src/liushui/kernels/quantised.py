@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+AS_BFLOAT16 = " as bfloat16"
+"""Behind a form's name, or alone: integers are expanded when they are multiplied, with the bits that the same values in
+bfloat16 give (AMX)."""
+
 
 @dataclass(frozen=True, slots=True)
 class QuantisedRows:

@@ -29,6 +29,8 @@ class Form:
     """int8 or int4: quantised at load."""
     blocks: Callable[[str], Quantised | None] | None = None
     """Matrices as the file holds them."""
+    expand: bool = False
+    """Whether products with integers are those of the same values in bfloat16."""
 
 
 def choose(choice: WeightForm, ops: Ops, dtype: Any, checkpoint: Any, numerics: str) -> Form:
@@ -36,21 +38,21 @@ def choose(choice: WeightForm, ops: Ops, dtype: Any, checkpoint: Any, numerics: 
     kinds: frozenset[str] = getattr(checkpoint, "block_types", frozenset)()
     known: frozenset[str] = getattr(ops, "block_types", frozenset())
     able = bool(known) and numerics == "invariant"
+    isa = getattr(ops, "isa", "")
+    expand = isa == "amx" and type_name(dtype) == "bfloat16"
     why = f"{ops.name} kernels do not multiply with them" if not known else f"numerics {numerics} uses vendor products"
     if choice in ("int8", "int4"):
         if not able:
             raise ParameterError("weights", f"{choice} needs the native CPU kernels and numerics invariant; {why}")
-        return Form(
-            f"weights: {choice} in groups of 32, quantised at load", type_like(dtype, "float32"), quantise=choice
-        )
+        note = f"weights: {choice} in groups of 32, quantised at load" + (", multiplied as bfloat16" if expand else "")
+        return Form(note, type_like(dtype, "float32"), quantise=choice, expand=expand)
     if choice in ("float32", "bf16"):
         return _dense(choice, ops, dtype)
     held = sorted(kinds & known)
     if not kinds:
         return Form(f"weights: {type_name(dtype)}; the file has no quantised ones", dtype)
-    isa = getattr(ops, "isa", "")
     if able and held and (choice == "native" or isa in FASTER_IN_BLOCKS):
-        return _native(checkpoint, kinds, known, dtype)
+        return _native(checkpoint, kinds, known, dtype, expand)
     if choice == "native":
         raise ParameterError(
             "weights", f"the file's {', '.join(sorted(kinds))} blocks cannot be used as they are: {why}"
@@ -62,15 +64,16 @@ def choose(choice: WeightForm, ops: Ops, dtype: Any, checkpoint: Any, numerics: 
     return Form(f"weights: {', '.join(sorted(kinds))} dequantised to {type_name(dtype)}: {why}", dtype)
 
 
-def _native(checkpoint: Any, kinds: frozenset[str], known: frozenset[str], dtype: Any) -> Form:
+def _native(checkpoint: Any, kinds: frozenset[str], known: frozenset[str], dtype: Any, expand: bool) -> Form:
     def blocks(name: str) -> Quantised | None:
         found: Quantised | None = checkpoint.load_blocks(name)
         return found if found is not None and known.issuperset(found.kinds) else None
 
     note = f"weights: {', '.join(sorted(kinds & known))} as the file has them: the fewest bytes to read"
+    note += ", multiplied as bfloat16" if expand else ""
     if kinds - known:
         note += f"; {', '.join(sorted(kinds - known))} dequantised to {type_name(dtype)}"
-    return Form(note, dtype, blocks=blocks)
+    return Form(note, dtype, blocks=blocks, expand=expand)
 
 
 def _dense(choice: str, ops: Ops, dtype: Any) -> Form:

@@ -92,7 +92,7 @@ class Runner:
             return None
         dtype, shape = hardware.host_dtype(config.dtype), sizes(checkpoint.config)
         form = forms.choose(config.weights, ops, dtype, checkpoint, config.numerics)
-        policy = KernelPolicy(ops, config.numerics, form.quantise)
+        policy = KernelPolicy(ops, config.numerics, form.quantise, expand=form.expand)
         held, kept = form.quantise or form.dtype, ops.block_types if form.blocks is not None else frozenset()
         weights = RowWeights(
             checkpoint.names(), checkpoint.shape, checkpoint.load_rows, ops.products, dtype, held, kept
@@ -128,7 +128,7 @@ class Runner:
         shape = sizes(checkpoint.config)
         ops = pick_ops(config, device, threads)
         form = forms.choose(config.weights, ops, dtype, checkpoint, config.numerics)
-        policy = KernelPolicy(ops, config.numerics, form.quantise)
+        policy = KernelPolicy(ops, config.numerics, form.quantise, expand=form.expand)
         longest = min(config.max_model_len or shape.max_positions, shape.max_positions)
         on_gpu = device.type == "cuda"
         reserve, rehearsal = 0, None

@@ -1,5 +1,6 @@
 // The products under one interface (linear.h), and their C names, compiled once per instruction set.
 #include "amx_bf16.h"
+#include "amx_blocks.h"
 #include "amx_int8.h"
 #include "gemm.h"
 #include "quant_pack.h"
@@ -10,13 +11,16 @@ namespace LS_ISA {
 
 namespace {
 
-bool is_integer(const PackedWeight& w) { return w.format >= kInt8; }
+// Integers that are multiplied as such, and those that are expanded.
+bool is_integer(const PackedWeight& w) { return w.format >= kInt8 && w.format <= kInt6K; }
+bool is_expanded(const PackedWeight& w) { return w.format >= kAsBFloat16; }
 
 }  // namespace
 
 size_t prepared_bytes(const PackedWeight& w, int x_type, long rows) {
   if (is_integer(w)) return (size_t)((rows + 15) / 16 * groups_of(w)) * sizeof(PreparedGroup);
 #if defined(LS_TILE_BF16)
+  if (is_expanded(w)) return wide_prepared_bytes(w, x_type, rows);
   if (w.format == kWeightBF16)
     return bf16_direct(w.k, x_type, rows) ? 0 : (size_t)((rows + kTile - 1) / kTile * bf16_chunks(w.k) * kTileBytes);
 #endif
@@ -32,6 +36,9 @@ void prepare_rows(const PackedWeight& w, const void* x, int x_type, long begin, 
     return;
   }
 #if defined(LS_TILE_BF16)
+  if (is_expanded(w))
+    return x_type == kBFloat16 ? wide_rows(w.k, (const bf16*)x, begin, end, (bf16*)prepared)
+                               : wide_rows(w.k, (const float*)x, begin, end, (bf16*)prepared);
   if (x_type == kBFloat16)
     bf16_rows(w.k, (const bf16*)x, begin, end, (bf16*)prepared);
   else
@@ -58,7 +65,10 @@ void multiply(const PackedWeight& weight, const void* prepared, int x_type, long
       gemm_multiply<float>(*w, (const float*)prepared, rows, column, out, worker, workers);
     } else {
 #if defined(LS_TILE_BF16)
-      bf16_multiply(*w, prepared, x_type, rows, column, out, worker, workers);
+      if (is_expanded(*w))
+        wide_multiply(*w, prepared, x_type, rows, column, out, worker, workers);
+      else
+        bf16_multiply(*w, prepared, x_type, rows, column, out, worker, workers);
 #else
       (void)x_type;
       gemm_multiply<bf16>(*w, (const float*)prepared, rows, column, out, worker, workers);
@@ -79,7 +89,7 @@ void embed_rows(const PackedWeight& weight, const int64_t* ids, long begin, long
       gemm_embed<float>(*w, id, row);
     else
 #if defined(LS_TILE_BF16)
-      bf16_embed(*w, id, row);
+      (is_expanded(*w) ? wide_embed : bf16_embed)(*w, id, row);
 #else
       gemm_embed<bf16>(*w, id, row);
 #endif
@@ -96,6 +106,11 @@ long weight_bytes(const PackedWeight& w) {
   if (w.format == kWeightF32) return floats * 4;
 #if defined(LS_TILE_BF16)
   if (w.format == kWeightBF16) return panels * bf16_chunks(w.k) * kTileBytes;
+  if (is_expanded(w)) {
+    const int plain = plain_format(w.format);
+    const bool known = plain >= kInt8 && plain <= kInt6K && (format_of(plain).scale_block != 256 || w.k % 256 == 0);
+    return known ? (w.n + kWide - 1) / kWide * wide_panel_bytes(w) : -1;
+  }
 #else
   if (w.format == kWeightBF16) return floats * 2;
 #endif
@@ -106,6 +121,7 @@ long weight_bytes(const PackedWeight& w) {
 // Floating point weights are packed from every type, by way of its values.
 bool can_pack(int format, int source) {
   if (format == kWeightF32 || format == kWeightBF16) return unpack_block(source).elements > 0;
+  if (format > kAsBFloat16) format -= kAsBFloat16;
   switch (source) {
     case kFromF32: return format == kInt8 || format == kInt4;
     case kFromQ8_0:
@@ -128,6 +144,7 @@ struct PackTask {
 // Columns of a panel.
 long panel_width(const PackedWeight& w) {
 #if defined(LS_TILE_BF16)
+  if (is_expanded(w)) return kWide;
   const bool wide = w.format == kWeightF32;
 #else
   const bool wide = !is_integer(w);
@@ -166,6 +183,10 @@ void pack_values(const PackTask& a, long panel) {
 void pack_panel(void* context, long panel) {
   const PackTask& a = *(const PackTask*)context;
   const PackedWeight& w = *a.w;
+#if defined(LS_TILE_BF16)
+  if (is_expanded(w))
+    return wide_pack_panel(w, a.source, (const uint8_t*)a.rows, source_row_bytes(a.source, w.k), panel, (uint8_t*)a.data);
+#endif
   if (is_integer(w))
     quant_pack_panel(w, a.source, (const uint8_t*)a.rows, source_row_bytes(a.source, w.k), panel, (uint8_t*)a.data);
   else if (w.format == kWeightF32)

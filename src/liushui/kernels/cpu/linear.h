@@ -24,6 +24,9 @@ enum WeightFormat : int32_t {
   kInt4Min = 4,     // 4 bits, groups of 32, float16 scale and minimum                     (Q4_1)
   kInt4K = 5,       // 4 bits, groups of 32, 6-bit scales and minima times two float16 per 256  (Q4_K)
   kInt6K = 6,       // int8, groups of 16, int8 scales times a float16 per 256             (Q6_K)
+  // Added to one of the integers', with AMX: x and the values scale * q + minimum are rounded to bfloat16, and the
+  // product has the bits of kWeightBF16 with those values.
+  kAsBFloat16 = 16,
 };
 
 // A weight [n, k] as pack made it for one instruction set. Memory belongs to the caller.

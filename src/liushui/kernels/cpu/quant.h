@@ -191,6 +191,14 @@ LS_INLINE void halves(const uint16_t* p, float* out) {  // 16 of them
 }
 
 // W small integers as floats.
+#if defined(__AVX512F__) && LS_WIDTH == 16
+LS_INLINE vf load_small(const int8_t* p) {
+  return (vf)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i*)p)));
+}
+LS_INLINE vf load_small(const uint8_t* p) {
+  return (vf)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i*)p)));
+}
+#else
 template <class T>
 LS_INLINE vf load_small(const T* p) {
   typedef T vs __attribute__((vector_size(W)));
@@ -198,6 +206,7 @@ LS_INLINE vf load_small(const T* p) {
   memcpy(&v, p, sizeof v);
   return __builtin_convertvector(v, vf);
 }
+#endif
 
 // Scales (and minima) of a panel, [group][16]. A minimum is what is added to the value.
 inline void expand_scales(int format, const uint8_t* from, long groups, float* scales, float* minima) {

@@ -50,7 +50,12 @@ struct Column {
           to[step * 64 + i] = (uint8_t)(q[step * 4 + i] | q[(step + 4) * 4 + i] << 4);
       }
   }
-  void put_half(long at, const uint8_t* half) const { memcpy(scales + at + column * 2, half, 2); }
+  uint8_t* half(long block, int which) const { return scales + block * format.scale_bytes + which * 32 + column * 2; }
+  // Small factors of a superblock: of group `g` (32 values in 4 bits, else 16).
+  uint8_t* factor(long block, int g, int which) const {
+    const long first = format.minimum ? 64 + g * 32 : 32 + g * 16;
+    return scales + block * format.scale_bytes + first + which * 16 + column;
+  }
 };
 
 inline void low_and_high(const uint8_t* bytes, int count, int8_t* q) {
@@ -60,13 +65,14 @@ inline void low_and_high(const uint8_t* bytes, int count, int8_t* q) {
   }
 }
 
-inline void pack_block_32(int source, const uint8_t* from, long group, const Column& to) {
+template <class To>
+void pack_block_32(int source, const uint8_t* from, long group, const To& to) {
   int8_t q[32];
-  to.put_half(group * (source == kFromQ4_1 ? 64 : 32), from);
+  memcpy(to.half(group, 0), from, 2);
   if (source == kFromQ8_0) {
     memcpy(q, from + 2, 32);
   } else if (source == kFromQ4_1) {
-    to.put_half(group * 64 + 32, from + 2);
+    memcpy(to.half(group, 1), from + 2, 2);
     low_and_high(from + 4, 16, q);
   } else if (source == kFromQ4_0) {
     low_and_high(from + 2, 16, q);
@@ -77,25 +83,24 @@ inline void pack_block_32(int source, const uint8_t* from, long group, const Col
   to.put(group, q);
 }
 
-inline void pack_q4_k(const uint8_t* from, long block, const Column& to) {
-  const long base = block * (64 + 8 * 32);
-  to.put_half(base, from);
-  to.put_half(base + 32, from + 2);
+template <class To>
+void pack_q4_k(const uint8_t* from, long block, const To& to) {
+  memcpy(to.half(block, 0), from, 2);
+  memcpy(to.half(block, 1), from + 2, 2);
   const uint8_t *low = from + 4, *mid = from + 8, *high = from + 12;
   for (int g = 0; g < 8; g++) {
-    uint8_t* factors = to.scales + base + 64 + g * 32 + to.column;
-    factors[0] = (uint8_t)(g < 4 ? low[g] & 63 : (high[g - 4] & 15) | (low[g - 4] >> 2 & 48));
-    factors[16] = (uint8_t)(g < 4 ? mid[g] & 63 : high[g - 4] >> 4 | (mid[g - 4] >> 2 & 48));
+    *to.factor(block, g, 0) = (uint8_t)(g < 4 ? low[g] & 63 : (high[g - 4] & 15) | (low[g - 4] >> 2 & 48));
+    *to.factor(block, g, 1) = (uint8_t)(g < 4 ? mid[g] & 63 : high[g - 4] >> 4 | (mid[g - 4] >> 2 & 48));
     int8_t q[32];
     for (int i = 0; i < 32; i++) q[i] = (int8_t)(from[16 + g / 2 * 32 + i] >> (g % 2 * 4) & 15);
     to.put(block * 8 + g, q);
   }
 }
 
-inline void pack_q6_k(const uint8_t* from, long block, const Column& to) {
-  const long base = block * (32 + 16 * 16);
-  to.put_half(base, from + 208);
-  for (int g = 0; g < 16; g++) to.scales[base + 32 + g * 16 + to.column] = from[192 + g];
+template <class To>
+void pack_q6_k(const uint8_t* from, long block, const To& to) {
+  memcpy(to.half(block, 0), from + 208, 2);
+  for (int g = 0; g < 16; g++) *to.factor(block, g, 0) = from[192 + g];
   for (int g = 0; g < 8; g++) {
     const int half = g / 4, quarter = g % 4;
     const uint8_t *low = from + half * 64 + quarter % 2 * 32, *high = from + 128 + half * 32;
@@ -124,13 +129,14 @@ inline uint16_t half_of(float x) {  // to nearest, ties to even; x is not NaN
 
 // Symmetric groups of 32: the scale so that the largest magnitude becomes 127, or 4-bit values from -8 with the
 // scale's sign such that the largest is -8 (as GGUF's Q8_0 and Q4_0).
-inline void pack_floats(const float* from, long count, long group, const Column& to) {
+template <class To>
+void pack_floats(const float* from, long count, long group, const To& to) {
   float extreme = 0.0f;
   for (long i = 0; i < count; i++)
     if (__builtin_fabsf(from[i]) > __builtin_fabsf(extreme)) extreme = from[i];
   const bool nibbles = to.format.nibbles;
   const uint16_t half = half_of(nibbles ? extreme / -8.0f : __builtin_fabsf(extreme) / 127.0f);
-  to.put_half(group * 32, (const uint8_t*)&half);
+  memcpy(to.half(group, 0), &half, 2);
   uint16_t sixteen[16] = {half};
   float scales[16];
   halves(sixteen, scales);
@@ -145,30 +151,35 @@ inline void pack_floats(const float* from, long count, long group, const Column&
   to.put(group, q);
 }
 
+// One column: a row of `source` at `from`.
+template <class To>
+void pack_column(const PackedWeight& w, int source, const uint8_t* from, long row_bytes, const To& to) {
+  const long groups = groups_of(w);
+  if (source == kFromQ4_K || source == kFromQ6_K) {
+    for (long block = 0; block < w.k / 256; block++)
+      if (source == kFromQ4_K)
+        pack_q4_k(from + block * 144, block, to);
+      else
+        pack_q6_k(from + block * 210, block, to);
+  } else {
+    for (long g = 0; g < groups; g++)
+      if (source == kFromF32)
+        pack_floats((const float*)from + g * 32, min_of(32, w.k - g * 32), g, to);
+      else
+        pack_block_32(source, from + g * (row_bytes / groups), g, to);
+  }
+}
+
 // Panel `panel` of a weight whose rows, `row_bytes` each, start at `source`.
 inline void quant_pack_panel(const PackedWeight& w, int source, const uint8_t* rows, long row_bytes, long panel,
                              uint8_t* data) {
   const Format f = format_of(w.format);
-  const long groups = groups_of(w), bytes = quant_panel_bytes(w);
+  const long bytes = quant_panel_bytes(w);
   uint8_t* to = data + panel * bytes;
   memset(to, 0, (size_t)bytes);
-  for (int c = 0; c < kColumns && panel * kColumns + c < w.n; c++) {
-    const uint8_t* from = rows + (panel * kColumns + c) * row_bytes;
-    const Column column = {to, to + groups * f.value_bytes, c, f};
-    if (source == kFromQ4_K || source == kFromQ6_K) {
-      for (long block = 0; block < w.k / 256; block++)
-        if (source == kFromQ4_K)
-          pack_q4_k(from + block * 144, block, column);
-        else
-          pack_q6_k(from + block * 210, block, column);
-    } else {
-      for (long g = 0; g < groups; g++)
-        if (source == kFromF32)
-          pack_floats((const float*)from + g * 32, min_of(32, w.k - g * 32), g, column);
-        else
-          pack_block_32(source, from + g * (row_bytes / groups), g, column);
-    }
-  }
+  for (int c = 0; c < kColumns && panel * kColumns + c < w.n; c++)
+    pack_column(w, source, rows + (panel * kColumns + c) * row_bytes, row_bytes,
+                Column{to, to + groups_of(w) * f.value_bytes, c, f});
 }
 
 // Row `row` of the weight as float32: the product q * scale, then the minimum added, each rounded.

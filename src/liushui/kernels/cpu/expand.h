@@ -1,0 +1,207 @@
+// Blocks of integers that are multiplied as bfloat16: how they lie in memory, and their expansion into tiles.
+//
+// A value is float32's scale * q + minimum, rounded to bfloat16: the weight that dequantising at load would have held,
+// bit for bit. Of 4 bits there are 16 different values in a column's group, which are formed once and looked up. (As
+// their products with q are exact in float32, one fused operation gives what a product and a sum give.)
+//
+// A panel holds 32 columns, group after group of 32 values of k; a group: its values, then its scales, then its minima,
+// 32 each. Values of 4 bits lie in 8 vectors of 32 words: word i of vector j has value i of columns 4 j to 4 j + 3.
+#pragma once
+#include "amx.h"
+#include "quant_pack.h"
+
+#if defined(LS_TILE_BF16)
+namespace {
+
+constexpr int kWide = 32;  // columns of a panel
+
+inline int plain_format(int format) { return format & ~liushui::kAsBFloat16; }
+
+struct WideLayout {
+  long values, group, header;  // bytes of a group's values, of the whole group, and of what leads 8 of them (or 0)
+
+  long at(long g) const { return header ? g / 8 * (8 * group + header) + header + g % 8 * group : g * group; }
+};
+
+constexpr WideLayout wide_layout(int plain) {
+  switch (plain) {
+    case liushui::kInt4: return {512, 512 + 64, 0};
+    case liushui::kInt4Min: return {512, 512 + 128, 0};
+    case liushui::kInt4K: return {512, 512 + 64, 128};
+    case liushui::kInt6K: return {1024, 1024 + 64, 64};
+    default: return {1024, 1024 + 64, 0};
+  }
+}
+
+inline long wide_panel_bytes(const PackedWeight& w) {
+  const WideLayout layout = wide_layout(plain_format(w.format));
+  const long groups = groups_of(w);
+  return groups * layout.group + (layout.header ? groups / 8 * layout.header : 0);
+}
+
+// Where one column's values and scales go.
+struct WideColumn {
+  uint8_t* panel;
+  int column;
+  Format format;
+  WideLayout layout;
+
+  void put(long g, const int8_t* q) const {
+    uint8_t* to = panel + layout.at(g);
+    if (!format.nibbles)
+      memcpy(to + column * 32, q, 32);
+    else
+      for (int i = 0; i < 32; i++)
+        to[column / 4 * 64 + i * 2 + column % 4 / 2] |= (uint8_t)(q[i] << column % 2 * 4);
+  }
+  uint8_t* half(long block, int which) const {
+    uint8_t* first = layout.header ? panel + block * (8 * layout.group + layout.header)
+                                   : panel + block * layout.group + layout.values;
+    return first + which * 64 + column * 2;
+  }
+  uint8_t* factor(long block, int g, int which) const {
+    const int part = format.minimum ? which : g % 2;
+    return panel + layout.at(block * 8 + (format.minimum ? g : g / 2)) + layout.values + part * 32 + column;
+  }
+};
+
+inline void wide_pack_panel(const PackedWeight& w, int source, const uint8_t* rows, long row_bytes, long panel,
+                            uint8_t* data) {
+  const int plain = plain_format(w.format);
+  const long bytes = wide_panel_bytes(w);
+  uint8_t* to = data + panel * bytes;
+  memset(to, 0, (size_t)bytes);
+  for (int c = 0; c < kWide && panel * kWide + c < w.n; c++)
+    pack_column(w, source, rows + (panel * kWide + c) * row_bytes, row_bytes,
+                WideColumn{to, c, format_of(plain), wide_layout(plain)});
+}
+
+// -- two vectors of float as 32 words of bfloat16, and a table of them
+
+LS_INLINE vw words_of(vf low, vf high) {
+#if defined(__AVX512BF16__)
+  return (vw)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#else
+  vw words;
+  store((bf16*)&words, low), store((bf16*)&words + W, high);
+  return words;
+#endif
+}
+
+LS_INLINE vw looked_up(vw table, vw index) {  // by the lowest 5 bits
+#if defined(__AVX512BW__)
+  return (vw)_mm512_permutexvar_epi16((__m512i)index, (__m512i)table);
+#else
+  vw words;
+  for (int i = 0; i < 32; i++) words[i] = table[index[i] & 31];
+  return words;
+#endif
+}
+
+// -- a group
+
+// Scales [32] (of groups of 16: [2][32]) and what is added [32], as float32.
+template <int kPlain>
+LS_INLINE void wide_scales(const uint8_t* group, const uint8_t* header, float* scales, float* minima) {
+  const uint8_t* held = group + wide_layout(kPlain).values;
+#pragma GCC unroll 2
+  for (int c = 0; c < kWide; c += W) {
+    if constexpr (kPlain == liushui::kInt4K) {
+      const vf scale = load_half((const uint16_t*)header + c), minimum = load_half((const uint16_t*)header + 32 + c);
+      store(scales + c, scale * load_small(held + c));
+      store(minima + c, -(minimum * load_small(held + 32 + c)));
+    } else if constexpr (kPlain == liushui::kInt6K) {
+      const vf scale = load_half((const uint16_t*)header + c);
+      store(scales + c, scale * load_small((const int8_t*)held + c));
+      store(scales + 32 + c, scale * load_small((const int8_t*)held + 32 + c));
+    } else {
+      store(scales + c, load_half((const uint16_t*)held + c));
+      if (kPlain == liushui::kInt4Min) store(minima + c, load_half((const uint16_t*)held + 32 + c));
+    }
+  }
+}
+
+// Group g of a panel -> [32 columns][32 values], two tiles as the first factor of a product.
+template <int kPlain>
+void expand_group(const uint8_t* panel, long g, bf16* to) {
+  constexpr WideLayout layout = wide_layout(kPlain);
+  constexpr bool kNibbles = layout.values == 512, kMinimum = kPlain == liushui::kInt4Min || kPlain == liushui::kInt4K;
+  const uint8_t* group = panel + layout.at(g);
+  alignas(64) float held[3 * kWide];
+  wide_scales<kPlain>(group, panel + g / 8 * (8 * layout.group + layout.header), held, held + 2 * kWide);
+  const float* scales = held;
+  asm("" : "+r"(scales) : : "memory");  // read one by one from memory: that is not the port which looks up
+  const float* minima = scales + 2 * kWide;
+  if constexpr (kNibbles) {
+    vf q;
+    for (int i = 0; i < W; i++) q[i] = (float)(i - (kPlain == liushui::kInt4 ? 8 : 0));
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+      vw packed;
+      memcpy(&packed, group + j * 64, 64);
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; p++) {
+        const int c = 4 * j + p;
+        const vf values = kMinimum ? fma(q, splat(scales[c]), splat(minima[c])) : q * scales[c];
+        const vw row = looked_up(words_of(values, values), packed >> (4 * p));
+        memcpy((void*)(to + c * 32), &row, 64);
+      }
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int c = 0; c < kWide; c++) {
+      const int8_t* q = (const int8_t*)group + c * 32;
+      const vf low = load_small(q) * scales[c];
+      const vf high = load_small(q + W) * scales[kPlain == liushui::kInt6K ? kWide + c : c];
+      const vw row = words_of(low, high);
+      memcpy((void*)(to + c * 32), &row, 64);
+    }
+  }
+}
+
+using ExpandGroup = void (*)(const uint8_t* panel, long g, bf16* to);
+
+inline ExpandGroup expander(int format) {
+  switch (plain_format(format)) {
+    case liushui::kInt4: return expand_group<liushui::kInt4>;
+    case liushui::kInt4Min: return expand_group<liushui::kInt4Min>;
+    case liushui::kInt4K: return expand_group<liushui::kInt4K>;
+    case liushui::kInt6K: return expand_group<liushui::kInt6K>;
+    default: return expand_group<liushui::kInt8>;
+  }
+}
+
+// -- rows of the weight
+
+template <int kPlain>
+void wide_row(const uint8_t* panel, int column, long k, float* out) {
+  constexpr WideLayout layout = wide_layout(kPlain);
+  constexpr bool kNibbles = layout.values == 512, kMinimum = kPlain == liushui::kInt4Min || kPlain == liushui::kInt4K;
+  float scales[2 * kWide], minima[kWide];
+  for (long i = 0; i < k; i++) {
+    const long g = i / 32, at = i % 32;
+    const uint8_t* group = panel + layout.at(g);
+    if (at == 0) wide_scales<kPlain>(group, panel + g / 8 * (8 * layout.group + layout.header), scales, minima);
+    const uint8_t nibbles = group[column / 4 * 64 + at * 2 + column % 4 / 2];
+    const int q = kNibbles ? (nibbles >> column % 2 * 4 & 15) - (kPlain == liushui::kInt4 ? 8 : 0)
+                           : (int8_t)group[column * 32 + at];
+    const float value = (float)q * scales[kPlain == liushui::kInt6K ? at / 16 * kWide + column : column];
+    out[i] = kMinimum ? value + minima[column] : value;
+  }
+}
+
+// Row `row` of the weight as float32.
+inline void wide_embed(const PackedWeight& w, long row, float* out) {
+  const uint8_t* panel = (const uint8_t*)w.data + row / kWide * wide_panel_bytes(w);
+  const int column = (int)(row % kWide);
+  switch (plain_format(w.format)) {
+    case liushui::kInt4: return wide_row<liushui::kInt4>(panel, column, w.k, out);
+    case liushui::kInt4Min: return wide_row<liushui::kInt4Min>(panel, column, w.k, out);
+    case liushui::kInt4K: return wide_row<liushui::kInt4K>(panel, column, w.k, out);
+    case liushui::kInt6K: return wide_row<liushui::kInt6K>(panel, column, w.k, out);
+    default: return wide_row<liushui::kInt8>(panel, column, w.k, out);
+  }
+}
+
+}  // namespace
+#endif
