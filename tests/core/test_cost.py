@@ -145,7 +145,7 @@ def test_where_steps_are_slow_now_and_then_prompts_take_less(slow: float, share:
         taken = seconds(work, slow if rng.random() < 0.03 else rng.uniform(0.95, 1.05))
         if work.prompt_tokens and number >= 600:
             found.append((taken / seconds(beside), pace.factor))
-        pacer.learn(work, taken)
+        pacer.learn(beside, work, taken)
     tail = sorted(ratio for ratio, _ in found)[int(0.99 * len(found))]
     mean = sum(factor for _, factor in found) / len(found)
     assert all(LEAST <= factor <= FACTOR for _, factor in found)

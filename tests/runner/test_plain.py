@@ -105,7 +105,6 @@ def test_layers_when_somebody_watches(path: Path) -> None:
     for driver in drivers:
         driver.add("a", _prompt(20))
         driver.step({"a": 20})
-    plain.need_layers()
     plain.model = watched = tiny.Listening(plain.model)
     for _ in range(2):
         mine, theirs = (driver.step({"a": 1}) for driver in drivers)

@@ -27,13 +27,15 @@ FACTOR = 2.0
 of the time is for those who decode."""
 LIMIT = 2.8
 """And less where steps take longer than predicted now and then: the slowest of them too are to stay within this many
-times the step without (3 is what is promised)."""
+times the middle step without (3 is what is promised)."""
 LEAST = 1.5
 """But not less than this many times: prompts keep half of what they would have on a machine that is steady."""
 _WINDOW = 256
-"""Steps of which it is remembered how much longer than predicted they took."""
-_SLOWEST = 0.985
-"""Quantile of these that stands for the slowest: the third of so many."""
+"""Steps of each kind of which it is remembered how much longer than predicted they took."""
+_SLOWEST = 0.99
+"""Quantile of these that stands for the slowest: of a whole window the third."""
+_FEW = 8
+"""Steps of a kind from which on a prediction is one."""
 FLOOR = 4
 """Tokens of the first prompt that every step takes in, however late: it must not starve either. Few: on a processor
 each costs about what a decode does."""
@@ -62,23 +64,27 @@ class Work(NamedTuple):
         return Work(self.decodes, self.prompt_tokens + num_tokens, self.pairs + pairs)
 
     @classmethod
-    def of(cls, plan: StepPlan) -> "Work":
+    def of(cls, plan: StepPlan, longest: int | None = None) -> "Work":
+        """Of the sequences that are fed at most `longest` tokens; None: of all."""
         work = cls()
         for item in plan.items:
-            work = work.plus(item.start, item.num_tokens)
+            if longest is None or item.num_tokens <= longest:
+                work = work.plus(item.start, item.num_tokens)
         return work
 
 
 class _Sums:
     """Sums of products, each observation weighing less with every later one."""
 
-    __slots__ = ("products", "squares")
+    __slots__ = ("count", "products", "squares")
 
     def __init__(self) -> None:
+        self.count = 0
         self.squares = [[0.0] * 4 for _ in range(4)]
         self.products = [0.0] * 4
 
     def add(self, row: list[float], value: float) -> None:
+        self.count += 1
         for i in range(4):
             self.squares[i] = [old * _FORGET + row[i] * x for old, x in zip(self.squares[i], row, strict=True)]
             self.products[i] = self.products[i] * _FORGET + row[i] * value
@@ -97,6 +103,10 @@ class StepCost:
             row = [x / scale / seconds for x, scale in zip((1, *work), _SCALE, strict=True)]
             self._kinds[work.prompt_tokens > 0].add(row, 1.0)
             self._fitted = None
+
+    def knows(self, work: Work) -> bool:
+        """Whether steps of its kind were seen often enough to predict one."""
+        return self._kinds[work.prompt_tokens > 0].count >= _FEW
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -139,27 +149,48 @@ def solve(matrix: list[list[float]], right: list[float]) -> list[float]:
     return x
 
 
-class Noise:
-    """How much longer than predicted the slowest steps take: other processes, caches, what is not linear."""
+class _Window:
+    """The last values, in order of size."""
 
     def __init__(self) -> None:
-        self._ratios: deque[float] = deque()
+        self._values: deque[float] = deque()
         self._sorted: list[float] = []
 
-    def add(self, ratio: float) -> None:
-        """A step took so many times the predicted seconds."""
-        self._ratios.append(ratio)
-        insort(self._sorted, ratio)
-        if len(self._ratios) > _WINDOW:
-            del self._sorted[bisect_left(self._sorted, self._ratios.popleft())]
+    def add(self, value: float) -> None:
+        self._values.append(value)
+        insort(self._sorted, value)
+        if len(self._values) > _WINDOW:
+            del self._sorted[bisect_left(self._sorted, self._values.popleft())]
+
+    def quantile(self, share: float, none: float) -> float:
+        """`none`: if there is no value."""
+        return self._sorted[int(share * len(self._sorted))] if self._sorted else none
+
+
+class Noise:
+    """How far steps stray from what was predicted: other processes, caches, what is not linear.
+
+    What a slow step takes too long is counted in steps without prompts, whether it had prompts or not: an interruption
+    lasts as long in a short step as in a long one. Where whole stretches are slower instead, a step with prompts takes
+    the longer the more it is given, and what it is given settles where the two agree."""
+
+    def __init__(self) -> None:
+        self._calm = _Window()
+        """Steps without prompts: how many times the predicted seconds they took."""
+        self._longer = (_Window(), _Window())
+        """Steps without prompts, and with: what they took longer, in predicted steps without."""
+
+    def add(self, beside: float, predicted: float, seconds: float, prompts: bool) -> None:
+        """A step took `seconds`. `beside`: predicted of it without its prompts."""
+        self._longer[prompts].add((seconds - predicted) / beside)
+        if not prompts:
+            self._calm.add(seconds / predicted)
 
     @property
     def factor(self) -> float:
         """How many times the step without prompts one with them may be predicted to take."""
-        if not self._sorted:
-            return FACTOR
-        slowest = self._sorted[int(_SLOWEST * len(self._sorted))]
-        return min(max(LIMIT / slowest, LEAST), FACTOR)
+        longer = max(window.quantile(_SLOWEST, 0.0) for window in self._longer)
+        return min(max(LIMIT * self._calm.quantile(0.5, 1.0) - longer, LEAST), FACTOR)
 
 
 class Pace(NamedTuple):
@@ -209,13 +240,13 @@ class Pacer:
         self._longest = START
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
-        self.learn(Work.of(plan), seconds)
+        self.learn(Work.of(plan, longest=1), Work.of(plan), seconds)
 
-    def learn(self, work: Work, seconds: float) -> None:
-        """A step with this work took so long."""
-        predicted = self.cost.seconds(work)
-        if predicted > 0 and seconds > 0:
-            self.noise.add(seconds / predicted)
+    def learn(self, beside: Work, work: Work, seconds: float) -> None:
+        """A step with this work took so long. `beside`: of it, that of sequences with one token."""
+        alone = self.cost.seconds(beside)
+        if beside.decodes and alone > 0 and seconds > 0 and self.cost.knows(work):
+            self.noise.add(alone, self.cost.seconds(work), seconds, work.prompt_tokens > 0)
         self.cost.observe(work, seconds)
         self._longest = max(self._longest, GROWTH * work.prompt_tokens)
 

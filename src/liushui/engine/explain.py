@@ -213,8 +213,6 @@ def explain(
     runner: Any = llm.engine.executor
     if getattr(runner, "steps", None) is not None:
         raise ParameterError("device", "must be cpu to explain: the steps of a GPU cannot be watched from outside")
-    if need := getattr(runner, "need_layers", None):
-        need()
     tokens = Tokens(llm)
     prompts = [PromptView(text, tokens.named(llm.tokenizer.encode(text))) for text in texts]
     ids = [[token.id for token in prompt.tokens] for prompt in prompts]

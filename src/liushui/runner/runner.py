@@ -57,7 +57,7 @@ class Runner:
         kv_dtype: Any = None,
     ) -> None:
         """`dtype`, `kv_dtype`: torch's types, or their names for a model of `Array`s."""
-        self.model, self.vocab_size, self.dtype = model, sizes.vocab_size, dtype
+        self._model, self.vocab_size, self.dtype = model, sizes.vocab_size, dtype
         self.num_blocks, self.block_size, self.max_model_len = plan.num_blocks, plan.block_size, plan.max_model_len
         self.notes = [*(notes or []), *plan.notes]
         self.kv = KVCache.allocate(
@@ -163,18 +163,25 @@ class Runner:
             runner.notes.append(rehearsal.finish())
         return runner
 
-    def need_layers(self) -> None:
-        """From now on `model` can be run layer by layer, for those who watch it; what is cached stays."""
-        if self._source is None:
-            return
-        config, checkpoint = self._source
+    @property
+    def model(self) -> Any:
+        """The model, whose layers run one by one. A runner that did without torch loads it now; the cache stays."""
+        if self._source is not None:
+            self._load_layers(*self._source)
+        return self._model
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        self._model = model
+
+    def _load_layers(self, config: EngineConfig, checkpoint: Any) -> None:
         whole = Runner._load_any(config, checkpoint, time.perf_counter())
         views = [part.tensor() for part in (self.kv.keys, self.kv.values, *(self.kv.scales or ()))]
         kv = KVCache(views[0], views[1], (views[2], views[3]) if len(views) > 2 else None)
         whole.host.kv = whole.kv = kv
         whole.host.last_tokens = self.host.last_tokens
-        whole.host.prepare(whole.model.policy.ops, config.step_tokens, config.seats)  # type: ignore[attr-defined]
-        self.model, self.kv, self.host, self.dtype = whole.model, kv, whole.host, whole.dtype
+        whole.host.prepare(whole.model.policy.ops, config.step_tokens, config.seats)
+        self._model, self.kv, self.host, self.dtype = whole.model, kv, whole.host, whole.dtype
         self._source = None
 
     def _run_on(self, device: torch.device, ops: Ops, config: EngineConfig) -> None:
@@ -184,7 +191,7 @@ class Runner:
 
         width = -(-self.max_model_len // self.block_size)
         largest = StepShape(config.step_tokens, config.seats, width, False)
-        self.steps = DeviceSteps(self.model, ops, self.kv, device, self.block_size, largest)  # type: ignore[arg-type]
+        self.steps = DeviceSteps(self._model, ops, self.kv, device, self.block_size, largest)  # type: ignore[arg-type]
         self.depth = 1
         if self.steps.graph_failure is not None:
             self.notes.append(f"steps are not captured as CUDA graphs: {self.steps.graph_failure}")
@@ -197,13 +204,13 @@ class Runner:
         for new in plan.new:
             self.states[new.seq_id] = SequenceState(new)
         if self._source is not None:
-            return Done(self.host.run(plan, self.states, self.model))
+            return Done(self.host.run(plan, self.states, self._model))
         import torch
 
         with torch.inference_mode():
             if self.steps is not None:
                 return self.steps.start(plan, self.states)
-            return Done(self.host.run(plan, self.states, self.model))
+            return Done(self.host.run(plan, self.states, self._model))
 
 
 def may_be_plain(config: EngineConfig, checkpoint: Any) -> bool:
