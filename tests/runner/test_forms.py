@@ -55,6 +55,21 @@ def test_blocks_are_used_when_asked_for() -> None:
     assert "IQ4_XS dequantised" in choose("native", NATIVE, "Q4_1", "IQ4_XS").note
 
 
+def test_bfloat16_weights_with_float32_rows_are_had_with_every_instruction_set() -> None:
+    for ops in (NATIVE, AMX):
+        assert choose("bf16", ops, "Q4_1").dtype is torch.bfloat16
+
+
+def test_with_amx_blocks_are_multiplied_as_the_rows_are() -> None:
+    form = choose("native", AMX, "Q4_1", dtype=torch.bfloat16)
+    assert form.expand
+    assert "Q4_1 as the file has them" in form.note
+    assert "multiplied as bfloat16" in form.note
+    assert choose("int8", AMX, "Q4_1", dtype=torch.bfloat16).expand
+    assert not choose("native", AMX, "Q4_1").expand
+    assert not choose("native", NATIVE, "Q4_1", dtype=torch.bfloat16).expand
+
+
 @pytest.mark.parametrize(
     ("choice", "ops", "kinds", "more", "words"),
     [
@@ -64,7 +79,6 @@ def test_blocks_are_used_when_asked_for() -> None:
         ("native", NATIVE, ("IQ4_XS",), {}, "cannot be used"),
         ("float32", NATIVE, (), {"dtype": torch.bfloat16}, "dtype float32"),
         ("bf16", PLAIN, (), {}, "dtype bfloat16"),
-        ("bf16", Kernels("native", "amx", frozenset({"Q4_1"})), (), {}, "dtype bfloat16"),
     ],
 )
 def test_what_cannot_be_had_is_refused_by_name(choice: str, ops: Ops, kinds: Any, more: Any, words: str) -> None:

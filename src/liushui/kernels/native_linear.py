@@ -219,7 +219,8 @@ class NativeProducts:
 
     def _check_rows(self, x: Tensor, packed: NativeLinear) -> None:
         kind = type_name(x.dtype)
-        if kind not in _TYPES or (packed.records[0].format == 0 and kind != "float32"):
+        taken = {0: "float32"}.get(packed.records[0].format, kind if packed.records[0].format < 16 else "bfloat16")
+        if kind not in _TYPES or kind != taken:
             raise ValueError(f"native kernels take one type: {packed.kind} cannot take {x.dtype}")
         if x.dim() != 2 or x.shape[1] != packed.in_features:
             raise ValueError("linear: x is not [M, K]")

@@ -82,6 +82,6 @@ def _dense(choice: str, ops: Ops, dtype: Any) -> Form:
         return Form(f"weights: {type_name(wanted)}", wanted)
     if choice == "float32":
         raise ParameterError("weights", "float32 needs dtype float32")
-    if ops.name != "native" or getattr(ops, "isa", "") == "amx":  # its tiles would round float32 rows
+    if ops.name != "native":
         raise ParameterError("weights", "bf16 needs dtype bfloat16 here")
     return Form(f"weights: bf16, arithmetic {type_name(dtype)}", wanted)

@@ -18,31 +18,25 @@ constexpr long kFetchAhead = 8192;  // bytes
 
 // Rows of x as the second factor, [tile of 16 rows][chunk][k / 2 % 16][row][k % 2], zeros past k; a lone row is that
 // already.
-inline bool wide_direct(long k, int x_type, long rows) {
-  return x_type == liushui::kBFloat16 && k % kInnerGroup == 0 && rows == 1;
+inline bool wide_direct(long k, long rows) { return k % kInnerGroup == 0 && rows == 1; }
+
+inline size_t wide_prepared_bytes(const PackedWeight& w, long rows) {
+  return wide_direct(w.k, rows) ? 0 : (size_t)((rows + kTile - 1) / kTile * groups_of(w) * 1024);
 }
 
-inline size_t wide_prepared_bytes(const PackedWeight& w, int x_type, long rows) {
-  return wide_direct(w.k, x_type, rows) ? 0 : (size_t)((rows + kTile - 1) / kTile * groups_of(w) * 1024);
-}
-
-template <class T>
-void wide_rows(long k, const T* x, long begin, long end, bf16* prepared) {
+inline void wide_rows(long k, const bf16* x, long begin, long end, bf16* prepared) {
   const long chunks = (k + kInnerGroup - 1) / kInnerGroup;
   for (long row = begin; row < end;) {
     bf16* to = prepared + row / kTile * chunks * 512;
-    if (sizeof(T) == 2 && k % kInnerGroup == 0 && row % kTile == 0 && row + kTile <= end) {
+    if (k % kInnerGroup == 0 && row % kTile == 0 && row + kTile <= end) {
       for (long chunk = 0; chunk < chunks; chunk++)
         transpose_words((const uint32_t*)(x + row * k + chunk * kInnerGroup), k / 2, (uint32_t*)(to + chunk * 512));
       row += kTile;
       continue;
     }
     for (long chunk = 0; chunk < chunks; chunk++) {
-      bf16 values[kInnerGroup];
-      for (long i = 0; i < kInnerGroup; i += W) {
-        const long left = k - chunk * kInnerGroup - i;
-        store(values + i, left > 0 ? load_up_to(x + row * k + chunk * kInnerGroup + i, left) : vf{});
-      }
+      bf16 values[kInnerGroup] = {};
+      memcpy((void*)values, x + row * k + chunk * kInnerGroup, (size_t)min_of(kInnerGroup, k - chunk * kInnerGroup) * 2);
       for (int pair = 0; pair < 16; pair++)
         memcpy((void*)(to + chunk * 512 + pair * 32 + row % kTile * 2), values + 2 * pair, 4);
     }
@@ -130,13 +124,13 @@ inline void take_sums(long rows, uint32_t* sums, float* y) {
   transpose_words(sums + 768, 16, (uint32_t*)y + kTile * kWide + kTile, kWide);
 }
 
-inline void wide_multiply(const PackedWeight& w, const void* x, int x_type, long rows, long first_column,
-                          const Output& out, int worker, int workers) {
+inline void wide_multiply(const PackedWeight& w, const void* x, long rows, long first_column, const Output& out,
+                          int worker, int workers) {
   const long chunks = groups_of(w), panels = (w.n + kWide - 1) / kWide, bytes = wide_panel_bytes(w);
   const long row_blocks = (rows + kWideRows - 1) / kWideRows, tile = chunks * 1024;
   const Share share = share_of(panels * row_blocks, worker, workers);
   if (share.begin == share.end) return;
-  const bool lone = wide_direct(w.k, x_type, rows);
+  const bool lone = wide_direct(w.k, rows);
   const long ring = rows <= 2 * kTile ? kExpandRing : chunks;
   char* expanded = (char*)liushui::scratch(liushui::kProduct, (size_t)(ring * kWideChunk + 8192));
   uint32_t* sums = (uint32_t*)(expanded + ring * kWideChunk);

@@ -3,6 +3,7 @@
 #include "amx_blocks.h"
 #include "amx_int8.h"
 #include "gemm.h"
+#include "mixed.h"
 #include "quant_pack.h"
 #include "unpack.h"
 
@@ -20,8 +21,8 @@ bool is_expanded(const PackedWeight& w) { return w.format >= kAsBFloat16; }
 size_t prepared_bytes(const PackedWeight& w, int x_type, long rows) {
   if (is_integer(w)) return (size_t)((rows + 15) / 16 * groups_of(w)) * sizeof(PreparedGroup);
 #if defined(LS_TILE_BF16)
-  if (is_expanded(w)) return wide_prepared_bytes(w, x_type, rows);
-  if (w.format == kWeightBF16)
+  if (is_expanded(w)) return wide_prepared_bytes(w, rows);
+  if (w.format == kWeightBF16 && x_type == kBFloat16)
     return bf16_direct(w.k, x_type, rows) ? 0 : (size_t)((rows + kTile - 1) / kTile * bf16_chunks(w.k) * kTileBytes);
 #endif
   return w.format == kWeightBF16 && x_type == kBFloat16 ? (size_t)(rows * w.k) * sizeof(float) : 0;
@@ -36,13 +37,7 @@ void prepare_rows(const PackedWeight& w, const void* x, int x_type, long begin, 
     return;
   }
 #if defined(LS_TILE_BF16)
-  if (is_expanded(w))
-    return x_type == kBFloat16 ? wide_rows(w.k, (const bf16*)x, begin, end, (bf16*)prepared)
-                               : wide_rows(w.k, (const float*)x, begin, end, (bf16*)prepared);
-  if (x_type == kBFloat16)
-    bf16_rows(w.k, (const bf16*)x, begin, end, (bf16*)prepared);
-  else
-    bf16_rows(w.k, (const float*)x, begin, end, (bf16*)prepared);
+  (is_expanded(w) ? wide_rows : bf16_rows<bf16>)(w.k, (const bf16*)x, begin, end, (bf16*)prepared);
 #else
   const bf16* from = (const bf16*)x;
   float* to = (float*)prepared;
@@ -66,7 +61,9 @@ void multiply(const PackedWeight& weight, const void* prepared, int x_type, long
     } else {
 #if defined(LS_TILE_BF16)
       if (is_expanded(*w))
-        wide_multiply(*w, prepared, x_type, rows, column, out, worker, workers);
+        wide_multiply(*w, prepared, rows, column, out, worker, workers);
+      else if (x_type == kFloat32)
+        mixed_multiply(*w, (const float*)prepared, rows, column, out, worker, workers);
       else
         bf16_multiply(*w, prepared, x_type, rows, column, out, worker, workers);
 #else

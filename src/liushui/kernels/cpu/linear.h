@@ -18,14 +18,14 @@ enum ElementType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 // groups of 32 with a float scale, the sum inside a group is exact, and groups are added in order in float.
 enum WeightFormat : int32_t {
   kWeightF32 = 0,   // float32; x must be float32
-  kWeightBF16 = 1,  // bfloat16; x is rounded to bfloat16 with AMX, elsewhere used as it is
+  kWeightBF16 = 1,  // bfloat16
   kInt8 = 2,        // int8, groups of 32, float16 scale                                   (Q8_0, Q5_0)
   kInt4 = 3,        // 4 bits less 8, groups of 32, float16 scale                          (Q4_0)
   kInt4Min = 4,     // 4 bits, groups of 32, float16 scale and minimum                     (Q4_1)
   kInt4K = 5,       // 4 bits, groups of 32, 6-bit scales and minima times two float16 per 256  (Q4_K)
   kInt6K = 6,       // int8, groups of 16, int8 scales times a float16 per 256             (Q6_K)
-  // Added to one of the integers', with AMX: x and the values scale * q + minimum are rounded to bfloat16, and the
-  // product has the bits of kWeightBF16 with those values.
+  // Added to one of the integers', with AMX and x in bfloat16: the values scale * q + minimum are rounded to bfloat16,
+  // and the product has the bits of kWeightBF16 with those values.
   kAsBFloat16 = 16,
 };
 
