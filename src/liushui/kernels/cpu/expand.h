@@ -48,11 +48,17 @@ struct WideColumn {
 
   void put(long g, const int8_t* q) const {
     uint8_t* to = panel + layout.at(g);
-    if (!format.nibbles)
+    if (!format.nibbles) {
       memcpy(to + column * 32, q, 32);
-    else
-      for (int i = 0; i < 32; i++)
-        to[column / 4 * 64 + i * 2 + column % 4 / 2] |= (uint8_t)(q[i] << column % 2 * 4);
+      return;
+    }
+    typedef uint8_t vb __attribute__((vector_size(32)));
+    vb bytes;
+    vw words;
+    to += column / 4 * 64;
+    memcpy(&bytes, q, 32), memcpy(&words, to, 64);
+    words |= __builtin_convertvector(bytes, vw) << (column % 4 * 4);
+    memcpy(to, &words, 64);
   }
   uint8_t* half(long block, int which) const {
     uint8_t* first = layout.header ? panel + block * (8 * layout.group + layout.header)
