@@ -12,9 +12,11 @@ namespace {
 
 constexpr long kWideRows = 512;     // rows for which a panel is expanded once
 constexpr long kWideChunk = 2048;   // bytes of 32 columns with 32 values each
-constexpr long kExpandAhead = 2;    // a tile that was just written is not there yet
+constexpr long kWideDepth = 18;     // chunks that are expanded at a time, to stay in the nearest cache
+constexpr long kExpandAhead = 2;    // chunks: what was just written is not there yet
 constexpr long kExpandRing = 4;     // chunks kept where nobody needs them a second time
-constexpr long kFetchAhead = 8192;  // bytes
+constexpr long kFetchAhead = 8192;  // bytes of the packed weight
+constexpr long kFetchRows = 2;      // chunks of x: a tile from the second cache takes far longer than its products
 
 // Rows of x as the second factor, [tile of 16 rows][chunk][k / 2 % 16][row][k % 2], zeros past k; a lone row is that
 // already.
@@ -57,106 +59,167 @@ inline void configure_wide(int rows) {
   LS_TILE_CONFIG(&config);
 }
 
-// One or two tiles of rows; where the first begins, how far they, their chunks and the rows of a chunk lie apart.
+// A pair of tiles of rows: where the first chunk begins, how far tiles, chunks and the rows of a chunk lie apart.
 struct WideX {
   const char* first;
   long tile, chunk, stride;
 };
 
+// Sums of a pair of tiles of rows, [4][16][16]; without an address they begin at zero.
 template <bool kTwo>
-LS_INLINE void clear_sums() {
-  LS_TILE_ZERO(0);
-  LS_TILE_ZERO(1);
-  if (kTwo) {
+LS_INLINE void begin_sums(const uint32_t* sums) {
+  if (!sums) {
+    LS_TILE_ZERO(0);
+    LS_TILE_ZERO(1);
+    if (!kTwo) return;
     LS_TILE_ZERO(2);
     LS_TILE_ZERO(3);
+  } else {
+    LS_TILE_LOAD(0, sums, 64);
+    LS_TILE_LOAD(1, sums + 256, 64);
+    if (!kTwo) return;
+    LS_TILE_LOAD(2, sums + 512, 64);
+    LS_TILE_LOAD(3, sums + 768, 64);
   }
 }
 
+template <int kLines>
+LS_INLINE void fetch_lines(const void* p) {
+#pragma GCC unroll 32
+  for (int i = 0; i < kLines; i++) __builtin_prefetch((const char*)p + i * 64, 0, 3);
+}
+
 template <bool kTwo>
-LS_INLINE void add_chunk(const WideX& x, long chunk, const char* w) {
-  const char* from = x.first + chunk * x.chunk;
+LS_INLINE void add_chunk(const WideX& x, const char* from, const char* next, const char* w) {
   LS_TILE_LOAD(4, w, 64);
   LS_TILE_LOAD(6, from, x.stride);
+  if (next) fetch_lines<16>(next);
   LS_TILE_BF16(0, 4, 6);
   LS_TILE_LOAD(5, w + 1024, 64);
   LS_TILE_BF16(1, 5, 6);
-  if (kTwo) {
-    LS_TILE_LOAD(7, from + x.tile, x.stride);
-    LS_TILE_BF16(2, 4, 7);
-    LS_TILE_BF16(3, 5, 7);
-  }
+  if (!kTwo) return;
+  LS_TILE_LOAD(7, from + x.tile, x.stride);
+  fetch_lines<16>(next + x.tile);
+  LS_TILE_BF16(2, 4, 7);
+  LS_TILE_BF16(3, 5, 7);
 }
 
-// The panel is expanded, to chunk i modulo `ring` of `expanded`, and multiplied with the first rows meanwhile.
-template <bool kTwo>
-void expand_and_add(const WideX& x, const uint8_t* panel, long bytes, long chunks, ExpandGroup expand, char* expanded,
-                    long ring) {
-  const auto make = [&](long i) {
-    const uint8_t* ahead = panel + i * bytes / chunks + kFetchAhead;
-    for (long at = 0; at < bytes / chunks; at += 64) __builtin_prefetch(ahead + at, 0, 3);
-    expand(panel, i, (bf16*)(expanded + i % ring * kWideChunk));
+// Groups [g, g + chunks) of the panel are expanded, to chunk i & mask of `expanded`, and multiplied with the first rows
+// meanwhile. kLone: a single row, x as it is.
+template <int kPlain, bool kTwo, bool kLone>
+void expand_and_add(const WideX& x, const uint8_t* panel, long g, long chunks, char* expanded, long mask,
+                    const uint32_t* sums) {
+  constexpr WideLayout layout = wide_layout(kPlain);
+  const uint8_t* ahead = panel + layout.at(g) + kFetchAhead;
+  const auto make = [&](long i) __attribute__((always_inline)) {
+    fetch_lines<(int)((layout.group + layout.header / 8 + 63) / 64)>(ahead);
+    ahead += layout.group + layout.header / 8;
+    expand_group<kPlain>(panel, g + i, (bf16*)(expanded + (i & mask) * kWideChunk));
   };
-  clear_sums<kTwo>();
-  for (long i = 0; i < min_of(kExpandAhead, chunks); i++) make(i);
-  for (long i = 0; i < chunks; i++) {
-    if (i + kExpandAhead < chunks) make(i + kExpandAhead);
-    add_chunk<kTwo>(x, i, expanded + i % ring * kWideChunk);
+  begin_sums<kTwo>(sums);
+  long made = 0;
+  for (; made < min_of(kExpandAhead, chunks); made++) make(made);
+  const char* from = x.first;
+  for (long i = 0; i < chunks; i++, from += x.chunk) {
+    if (made < chunks) make(made++);
+    add_chunk<kTwo>(x, from, kLone ? nullptr : from + kFetchRows * x.chunk, expanded + (i & mask) * kWideChunk);
+  }
+}
+
+// The same with what was expanded. The next pair of tiles follows.
+template <bool kTwo>
+void add_expanded(const WideX& x, long chunks, const char* expanded, const uint32_t* sums) {
+  begin_sums<kTwo>(sums);
+  const char *from = x.first, *waiting = (const char*)(sums ? sums + 1024 : nullptr);
+  for (long i = 0; i < chunks; i++, from += x.chunk, expanded += kWideChunk) {
+    const char* next = from + kFetchRows * x.chunk + (i + kFetchRows < chunks ? 0 : 2 * x.tile - chunks * x.chunk);
+    add_chunk<kTwo>(x, from, next, expanded);
+    if (waiting) fetch_lines<4>(waiting + i * 256);
   }
 }
 
 template <bool kTwo>
-void add_expanded(const WideX& x, long chunks, const char* expanded) {
-  clear_sums<kTwo>();
-  for (long i = 0; i < chunks; i++) add_chunk<kTwo>(x, i, expanded + i * kWideChunk);
-}
-
-// The tiles' sums -> y [32 rows][32 columns]; `sums`: 4 tiles.
-inline void take_sums(long rows, uint32_t* sums, float* y) {
+LS_INLINE void store_sums(uint32_t* sums) {
   LS_TILE_STORE(0, sums, 64);
   LS_TILE_STORE(1, sums + 256, 64);
-  transpose_words(sums, 16, (uint32_t*)y, kWide);
-  transpose_words(sums + 256, 16, (uint32_t*)y + kTile, kWide);
-  if (rows <= kTile) return;
+  if (!kTwo) return;
   LS_TILE_STORE(2, sums + 512, 64);
   LS_TILE_STORE(3, sums + 768, 64);
-  transpose_words(sums + 512, 16, (uint32_t*)y + kTile * kWide, kWide);
-  transpose_words(sums + 768, 16, (uint32_t*)y + kTile * kWide + kTile, kWide);
+}
+
+// Sums -> y [32 rows][32 columns].
+inline void turn_sums(const uint32_t* sums, bool two, float* y) {
+  for (int t = 0; t < (two ? 4 : 2); t++)
+    transpose_words(sums + t * 256, 16, (uint32_t*)y + t / 2 * kTile * kWide + t % 2 * kTile, kWide);
+}
+
+// One panel for rows [begin, end) of `rows`, at most kWideRows.
+struct WideTask {
+  const PackedWeight& w;
+  const char* x;
+  long begin, end, panel, first_column;
+  const Output& out;
+  int worker;
+  char* expanded;
+  uint32_t* sums;  // of kWideRows rows
+  float* y;
+};
+
+template <int kPlain>
+void wide_panel(const WideTask& a) {
+  const PackedWeight& w = a.w;
+  const long chunks = groups_of(w), tile = chunks * 1024, pairs = (a.end - a.begin + 2 * kTile - 1) / (2 * kTile);
+  const bool lone = wide_direct(w.k, a.end);
+  const long blocks = pairs == 1 ? 1 : (chunks + kWideDepth - 1) / kWideDepth, mask = pairs == 1 ? kExpandRing - 1 : -1;
+  const uint8_t* held = (const uint8_t*)w.data + a.panel * wide_panel_bytes(w);
+  const long column = a.panel * kWide, count = min_of(kWide, w.n - column);
+  for (long block = 0; block < blocks; block++) {
+    const long g = chunks * block / blocks, depth = chunks * (block + 1) / blocks - g;
+    for (long pair = 0; pair < pairs; pair++) {
+      const long row = a.begin + pair * 2 * kTile, height = min_of(2 * kTile, a.end - row);
+      const bool two = height > kTile;
+      const WideX x = lone ? WideX{a.x, 0, 64, 4} : WideX{a.x + row / kTile * tile + g * 1024, tile, 1024, 64};
+      uint32_t* sums = a.sums + pair * 1024;
+      const uint32_t* before = block ? sums : nullptr;
+      if (lone)
+        expand_and_add<kPlain, false, true>(x, held, g, depth, a.expanded, mask, before);
+      else if (pair == 0)
+        (two ? expand_and_add<kPlain, true, false> : expand_and_add<kPlain, false, false>)(x, held, g, depth, a.expanded,
+                                                                                         mask, before);
+      else
+        (two ? add_expanded<true> : add_expanded<false>)(x, depth, a.expanded, before);
+      if (lone) {
+        LS_TILE_STORE(0, a.y, 4);
+        LS_TILE_STORE(1, a.y + kTile, 4);
+      } else {
+        two ? store_sums<true>(sums) : store_sums<false>(sums);
+        if (block + 1 < blocks) continue;
+        turn_sums(sums, two, a.y);
+      }
+      emit_rows(a.out, w.bias ? w.bias + column : nullptr, a.worker, row, height, a.first_column + column, count, a.y,
+                kWide);
+    }
+  }
 }
 
 inline void wide_multiply(const PackedWeight& w, const void* x, long rows, long first_column, const Output& out,
                           int worker, int workers) {
-  const long chunks = groups_of(w), panels = (w.n + kWide - 1) / kWide, bytes = wide_panel_bytes(w);
-  const long row_blocks = (rows + kWideRows - 1) / kWideRows, tile = chunks * 1024;
+  const long panels = (w.n + kWide - 1) / kWide, row_blocks = (rows + kWideRows - 1) / kWideRows;
   const Share share = share_of(panels * row_blocks, worker, workers);
   if (share.begin == share.end) return;
-  const bool lone = wide_direct(w.k, rows);
-  const long ring = rows <= 2 * kTile ? kExpandRing : chunks;
-  char* expanded = (char*)liushui::scratch(liushui::kProduct, (size_t)(ring * kWideChunk + 8192));
-  uint32_t* sums = (uint32_t*)(expanded + ring * kWideChunk);
-  float* y = (float*)(sums + 1024);
-  const ExpandGroup expand = expander(w.format);
-  configure_wide(lone ? 1 : kTile);
+  constexpr long kExpanded = kWideDepth * kWideChunk, kSums = kWideRows * kWide * 4, kY = 2 * kTile * kWide * 4;
+  char* scratch = (char*)liushui::scratch(liushui::kProduct, kExpanded + kSums + kY);
+  configure_wide(wide_direct(w.k, rows) ? 1 : kTile);
   for (long unit = share.begin; unit < share.end; unit++) {
-    const long panel = unit / row_blocks, block = unit % row_blocks * kWideRows, end = min_of(rows, block + kWideRows);
-    const uint8_t* held = (const uint8_t*)w.data + panel * bytes;
-    const long column = panel * kWide, count = min_of(kWide, w.n - column);
-    for (long row = block; row < end; row += 2 * kTile) {
-      const long height = min_of(2 * kTile, end - row);
-      const WideX from = lone ? WideX{(const char*)x, 0, 64, 4}
-                              : WideX{(const char*)x + row / kTile * tile, tile, 1024, 64};
-      if (row == block)
-        (height > kTile ? expand_and_add<true> : expand_and_add<false>)(from, held, bytes, chunks, expand, expanded,
-                                                                       ring);
-      else
-        (height > kTile ? add_expanded<true> : add_expanded<false>)(from, chunks, expanded);
-      if (lone) {
-        LS_TILE_STORE(0, y, 4);
-        LS_TILE_STORE(1, y + kTile, 4);
-      } else {
-        take_sums(height, sums, y);
-      }
-      emit_rows(out, w.bias ? w.bias + column : nullptr, worker, row, height, first_column + column, count, y, kWide);
+    const long begin = unit % row_blocks * kWideRows, end = min_of(rows, begin + kWideRows);
+    const WideTask task = {w, (const char*)x, begin, end, unit / row_blocks, first_column, out, worker, scratch,
+                           (uint32_t*)(scratch + kExpanded), (float*)(scratch + kExpanded + kSums)};
+    switch (plain_format(w.format)) {
+      case liushui::kInt4: wide_panel<liushui::kInt4>(task); break;
+      case liushui::kInt4Min: wide_panel<liushui::kInt4Min>(task); break;
+      case liushui::kInt4K: wide_panel<liushui::kInt4K>(task); break;
+      case liushui::kInt6K: wide_panel<liushui::kInt6K>(task); break;
+      default: wide_panel<liushui::kInt8>(task);
     }
   }
   LS_TILE_RELEASE();

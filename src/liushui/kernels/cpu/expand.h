@@ -127,34 +127,43 @@ LS_INLINE void wide_scales(const uint8_t* group, const uint8_t* header, float* s
   }
 }
 
+// Four columns of 4 bits: their tables two by two, since rounding takes two vectors. The first one's values are those
+// from 16 on. `scales`, `minima`: of the four.
+template <int kPlain>
+LS_INLINE void expand_four(const uint8_t* from, vf q, const float* scales, const float* minima, bf16* to) {
+  vw packed;
+  memcpy(&packed, from, 64);
+#pragma GCC unroll 2
+  for (int p = 0; p < 4; p += 2) {
+    vf values[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+      values[i] = kPlain == liushui::kInt4 ? q * scales[p + i] : fma(q, splat(scales[p + i]), splat(minima[p + i]));
+    const vw table = words_of(values[1], values[0]), high = packed >> (4 * p + 4);
+    const vw second = looked_up(table, p == 2 ? high : high & 15);  // nothing is above the last
+    const vw first = looked_up(table, ((packed >> (4 * p)) & 15) | 16);
+    memcpy((void*)(to + p * 32), &first, 64);
+    memcpy((void*)(to + p * 32 + 32), &second, 64);
+  }
+}
+
 // Group g of a panel -> [32 columns][32 values], two tiles as the first factor of a product.
 template <int kPlain>
-void expand_group(const uint8_t* panel, long g, bf16* to) {
+LS_INLINE void expand_group(const uint8_t* panel, long g, bf16* to) {
   constexpr WideLayout layout = wide_layout(kPlain);
-  constexpr bool kNibbles = layout.values == 512, kMinimum = kPlain == liushui::kInt4Min || kPlain == liushui::kInt4K;
   const uint8_t* group = panel + layout.at(g);
   alignas(64) float held[3 * kWide];
   wide_scales<kPlain>(group, panel + g / 8 * (8 * layout.group + layout.header), held, held + 2 * kWide);
   const float* scales = held;
   asm("" : "+r"(scales) : : "memory");  // read one by one from memory: that is not the port which looks up
-  const float* minima = scales + 2 * kWide;
-  if constexpr (kNibbles) {
+  if constexpr (layout.values == 512) {
     vf q;
     for (int i = 0; i < W; i++) q[i] = (float)(i - (kPlain == liushui::kInt4 ? 8 : 0));
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) {
-      vw packed;
-      memcpy(&packed, group + j * 64, 64);
-#pragma GCC unroll 4
-      for (int p = 0; p < 4; p++) {
-        const int c = 4 * j + p;
-        const vf values = kMinimum ? fma(q, splat(scales[c]), splat(minima[c])) : q * scales[c];
-        const vw row = looked_up(words_of(values, values), packed >> (4 * p));
-        memcpy((void*)(to + c * 32), &row, 64);
-      }
-    }
+    for (int c = 0; c < kWide; c += 4)
+      expand_four<kPlain>(group + c * 16, q, scales + c, scales + 2 * kWide + c, to + c * 32);
   } else {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < kWide; c++) {
       const int8_t* q = (const int8_t*)group + c * 32;
       const vf low = load_small(q) * scales[c];
@@ -162,18 +171,6 @@ void expand_group(const uint8_t* panel, long g, bf16* to) {
       const vw row = words_of(low, high);
       memcpy((void*)(to + c * 32), &row, 64);
     }
-  }
-}
-
-using ExpandGroup = void (*)(const uint8_t* panel, long g, bf16* to);
-
-inline ExpandGroup expander(int format) {
-  switch (plain_format(format)) {
-    case liushui::kInt4: return expand_group<liushui::kInt4>;
-    case liushui::kInt4Min: return expand_group<liushui::kInt4Min>;
-    case liushui::kInt4K: return expand_group<liushui::kInt4K>;
-    case liushui::kInt6K: return expand_group<liushui::kInt6K>;
-    default: return expand_group<liushui::kInt8>;
   }
 }
 
