@@ -17,8 +17,7 @@ bool is_integer(const PackedWeight& w) { return w.format >= kInt8; }
 size_t prepared_bytes(const PackedWeight& w, int x_type, long rows) {
   if (is_integer(w)) return (size_t)((rows + 15) / 16 * groups_of(w)) * sizeof(PreparedGroup);
 #if defined(LS_TILE_BF16)
-  if (w.format == kWeightBF16)
-    return bf16_direct(w.k, x_type, rows) ? 0 : (size_t)((rows + kTile - 1) / kTile * bf16_chunks(w.k) * kTileBytes);
+  if (w.format == kWeightBF16) return bf16_prepared_bytes(w.k, x_type, rows);
 #endif
   return w.format == kWeightBF16 && x_type == kBFloat16 ? (size_t)(rows * w.k) * sizeof(float) : 0;
 }
@@ -95,7 +94,7 @@ long weight_bytes(const PackedWeight& w) {
   const long panels = (w.n + kColumns - 1) / kColumns, floats = (w.n + kPanel - 1) / kPanel * kPanel * w.k;
   if (w.format == kWeightF32) return floats * 4;
 #if defined(LS_TILE_BF16)
-  if (w.format == kWeightBF16) return panels * bf16_chunks(w.k) * kTileBytes;
+  if (w.format == kWeightBF16) return bf16_panels(w.n) * bf16_chunks(w.k) * kPairBytes;
 #else
   if (w.format == kWeightBF16) return floats * 2;
 #endif
@@ -128,11 +127,9 @@ struct PackTask {
 // Columns of a panel.
 long panel_width(const PackedWeight& w) {
 #if defined(LS_TILE_BF16)
-  const bool wide = w.format == kWeightF32;
-#else
-  const bool wide = !is_integer(w);
+  if (w.format == kWeightBF16) return kPairColumns;
 #endif
-  return wide ? kPanel : kColumns;
+  return is_integer(w) ? kColumns : kPanel;
 }
 
 long panels_of(const PackedWeight& w) { return (w.n + panel_width(w) - 1) / panel_width(w); }
@@ -142,7 +139,7 @@ void pack_dense(const float* rows, long width, long k, float* to) { gemm_pack_pa
 
 void pack_dense(const bf16* rows, long width, long k, bf16* to) {
 #if defined(LS_TILE_BF16)
-  bf16_pack_panel(rows, width, k, 0, to);
+  bf16_pack_panel(rows, width, k, to);
 #else
   gemm_pack_panel(rows, width, k, 0, to);
 #endif
