@@ -43,7 +43,7 @@ void bf16_rows(long k, const T* x, long begin, long end, bf16* prepared) {
   for (long row = begin; row < end; row++) {
     bf16* to = bf16_place(prepared, k, row);
     for (long at = 0; at < k; at += kInnerGroup, to += kPairBytes / 2) {
-      const T* from = x + row * k + at;
+      const T* from = x + (row - begin) * k + at;
       if (kSame && k - at >= kInnerGroup) {
         memcpy((void*)to, from, kInnerGroup * sizeof(bf16));
         continue;
@@ -138,58 +138,93 @@ inline void bf16_block(const TileRows& x, const char* w, long chunks, bool first
   }
 }
 
-// The share of `worker`. `panel_of(panel, chunk, chunks)` makes these chunks of panel [chunk][2 tiles] ready; they stay
-// so until its next call. x: as it is, or prepared.
-template <class PanelOf>
-void tile_multiply(const PackedWeight& w, const void* x, bool direct, long rows, long first_column, const Output& out,
-                   int worker, int workers, const PanelOf& panel_of) {
-  const long chunks = bf16_chunks(w.k), pairs = (rows + kPairRows - 1) / kPairRows;
-  const long row_blocks = (pairs + kBlockPairs - 1) / kBlockPairs;
-  const long blocks = pairs > 1 ? (chunks + kBlockChunks - 1) / kBlockChunks : 1;
-  const Share share = share_of(bf16_panels(w.n) * row_blocks, worker, workers);
-  if (share.begin == share.end) return;
-  float* sums = (float*)liushui::scratch(liushui::kProduct, kBlockPairs * kPairRows * kSumBytes);
-  configure_tiles(direct ? (int)rows : kTile, kTile, 64);  // prepared rows are whole tiles
-  for (long unit = share.begin; unit < share.end; unit++) {
-    const long panel = unit / row_blocks, begin = unit % row_blocks * kBlockPairs;
-    const long end = min_of(pairs, begin + kBlockPairs);
-    const long column = panel * kPairColumns, count = min_of(kPairColumns, w.n - column);
-    for (long block = 0; block < blocks; block++) {
-      const long chunk = chunks * block / blocks, depth = chunks * (block + 1) / blocks - chunk;
-      const WeightPanel p = panel_of(panel, chunk, depth);
-      const long turns = max_of(1, (end - begin - 1) * depth), lines = (p.ahead_bytes / 64 + turns - 1) / turns;
-      TileRows tiles = {(const char*)x, w.k * 2, 0, 64, 0};
-      if (!direct)
-        tiles = {(const char*)x + (begin * chunks + chunk) * kPairBytes, 64, kTileBytes, kPairBytes,
-                 (chunks - depth) * kPairBytes};
-      for (long pair = begin; pair < end; pair++, tiles.first += chunks * kPairBytes) {
-        float* y = sums + (pair - begin) * kPairRows * kPairColumns;
-        const long row = pair * kPairRows, height = min_of(kPairRows, rows - row);
-        const bool first = block == 0;
-        const char* ahead = p.ahead + (pair - begin - 1) * depth * lines * 64;
-        if (height <= kTile)
-          bf16_block<false, true>(tiles, p.first, depth, first, nullptr, 0, y);
-        else if (pair == begin)
-          bf16_block<true, true>(tiles, p.first, depth, first, nullptr, 0, y);
-        else
-          bf16_block<true, false>(tiles, p.first, depth, first, ahead, lines, y);
-        if (block + 1 == blocks)
-          emit_rows(out, w.bias ? w.bias + column : nullptr, worker, row, height, first_column + column, count, y,
-                    kPairColumns);
-      }
+// Rows of x for the tiles: as they are, or prepared.
+struct TileInput {
+  const char* data;
+  bool direct;
+  long rows, k;
+
+  long chunks() const { return bf16_chunks(k); }
+  long pairs() const { return (rows + kPairRows - 1) / kPairRows; }
+  // Pair `pair` of tiles from `chunk` on, in blocks of `depth` chunks.
+  TileRows tiles(long pair, long chunk, long depth) const {
+    if (direct) return {data, k * 2, 0, 64, 0};
+    return {data + (pair * chunks() + chunk) * kPairBytes, 64, kTileBytes, kPairBytes, (chunks() - depth) * kPairBytes};
+  }
+};
+
+// One panel for pairs [begin, end) of tiles of rows: calls done(row, height, y [32][32]) for each pair as it is done.
+// `panel_of(panel, chunk, depth)` makes these chunks of the panel, [chunk][tile], ready; they stay so until its next call.
+template <class PanelOf, class Done>
+void tile_panel(const TileInput& x, long begin, long end, long panel, const PanelOf& panel_of, float* sums,
+                const Done& done) {
+  const long chunks = x.chunks(), blocks = x.pairs() > 1 ? (chunks + kBlockChunks - 1) / kBlockChunks : 1;
+  for (long block = 0; block < blocks; block++) {
+    const long chunk = chunks * block / blocks, depth = chunks * (block + 1) / blocks - chunk;
+    const WeightPanel p = panel_of(panel, chunk, depth);
+    const long turns = max_of(1, (end - begin - 1) * depth), lines = (p.ahead_bytes / 64 + turns - 1) / turns;
+    const bool first = block == 0;
+    for (long pair = begin; pair < end; pair++) {
+      float* y = sums + (pair - begin) * kPairRows * kPairColumns;
+      const TileRows tiles = x.tiles(pair, chunk, depth);
+      const long row = pair * kPairRows, height = min_of(kPairRows, x.rows - row);
+      const char* ahead = p.ahead + (pair - begin - 1) * depth * lines * 64;
+      if (height <= kTile)
+        bf16_block<false, true>(tiles, p.first, depth, first, nullptr, 0, y);
+      else if (pair == begin)
+        bf16_block<true, true>(tiles, p.first, depth, first, nullptr, 0, y);
+      else if (blocks == 1)
+        bf16_block<true, true>(tiles, p.first, depth, first, ahead, lines, y);
+      else
+        bf16_block<true, false>(tiles, p.first, depth, first, ahead, lines, y);
+      if (block + 1 == blocks) done(row, height, y);
     }
+  }
+}
+
+// Calls each(first panel, first pair of tiles, pair after the last) for the share of `worker` in `panels` panels, tiles
+// being set up for x.
+template <class Each>
+void tile_units(const TileInput& x, long panels, int worker, int workers, const Each& each) {
+  const long row_blocks = (x.pairs() + kBlockPairs - 1) / kBlockPairs;
+  const Share share = share_of(panels * row_blocks, worker, workers);
+  if (share.begin == share.end) return;
+  configure_tiles(x.direct ? (int)x.rows : kTile, kTile, 64);  // prepared rows are whole tiles
+  for (long unit = share.begin; unit < share.end; unit++) {
+    const long begin = unit % row_blocks * kBlockPairs;
+    each(unit / row_blocks, begin, min_of(x.pairs(), begin + kBlockPairs));
   }
   LS_TILE_RELEASE();
 }
 
+// The share of `worker` in y, with panels as in tile_panel.
+template <class PanelOf>
+void tile_multiply(const PackedWeight& w, const void* x, bool direct, long rows, long first_column, const Output& out,
+                   int worker, int workers, const PanelOf& panel_of) {
+  const TileInput input = {(const char*)x, direct, rows, w.k};
+  float* sums = (float*)liushui::scratch(liushui::kProduct, kBlockPairs * kPairRows * kSumBytes);
+  tile_units(input, bf16_panels(w.n), worker, workers, [&](long panel, long begin, long end) {
+    const long column = panel * kPairColumns, count = min_of(kPairColumns, w.n - column);
+    tile_panel(input, begin, end, panel, panel_of, sums, [&](long row, long height, const float* y) {
+      emit_rows(out, w.bias ? w.bias + column : nullptr, worker, row, height, first_column + column, count, y,
+                kPairColumns);
+    });
+  });
+}
+
+// Panels of a weight that lies packed.
+struct PackedPanels {
+  const PackedWeight& w;
+
+  WeightPanel operator()(long panel, long chunk, long depth) const {
+    const char* first = (const char*)w.data + (panel * bf16_chunks(w.k) + chunk) * kPairBytes;
+    return {first, first + depth * kPairBytes, depth * kPairBytes};
+  }
+};
+
 inline void bf16_multiply(const PackedWeight& w, const void* x, int x_type, long rows, long first_column,
                           const Output& out, int worker, int workers) {
-  const long chunks = bf16_chunks(w.k);
-  tile_multiply(w, x, bf16_direct(w.k, x_type, rows), rows, first_column, out, worker, workers,
-                [&](long panel, long chunk, long depth) {
-                  const char* first = (const char*)w.data + (panel * chunks + chunk) * kPairBytes;
-                  return WeightPanel{first, first + depth * kPairBytes, depth * kPairBytes};
-                });
+  tile_multiply(w, x, bf16_direct(w.k, x_type, rows), rows, first_column, out, worker, workers, PackedPanels{w});
 }
 
 }  // namespace

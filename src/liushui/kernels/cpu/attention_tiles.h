@@ -37,29 +37,6 @@ inline void configure_attention(int lanes) {
   LS_TILE_CONFIG(&config);
 }
 
-// 2^x of x up to about 0 within 3e-6, finer than the rounding of weights; 1 of 0, 0 of minus infinity, NaN kept.
-LS_INLINE vf power_of_two(vf x) {
-  const auto polynomial = [](vf r) {  // minimax on [0, 1] of the relative error, with value 1 at 0
-    vf p = splat(0.013426732271909714f);
-    p = fma(p, r, splat(0.052242398262023926f));
-    p = fma(p, r, splat(0.24128024280071259f));
-    p = fma(p, r, splat(0.6930448412895203f));
-    return fma(p, r, splat(1.0f));
-  };
-#if defined(__AVX512DQ__)
-  constexpr int kLessFloor = 0x09;  // x - floor(x), quietly; 0 of an infinity
-  const vf r = (vf)_mm512_reduce_ps((__m512)x, kLessFloor);
-  return (vf)_mm512_scalef_ps((__m512)polynomial(r), (__m512)x);  // times 2^floor(x)
-#else
-  const vf magic = splat(12582912.0f);
-  const vf bounded = select((vi)(x < splat(-200.0f)), splat(-200.0f), x);
-  const vf nearest = (bounded + magic) - magic;
-  const vf whole = select((vi)(nearest > bounded), nearest - 1.0f, nearest);
-  const vf power = (vf)(((vu)(whole + magic) << 23) + (127u << 23));
-  return select((vi)(bounded < splat(-126.0f)), splat(0.0f), polynomial(bounded - whole) * power);
-#endif
-}
-
 // Lane i of the result is lane i + n, around.
 LS_INLINE vf rotated(vf v, int n) {
   float twice[2 * W];

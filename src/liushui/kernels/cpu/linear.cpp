@@ -1,5 +1,6 @@
 // The products under one interface (linear.h), and their C names, compiled once per instruction set.
 #include "amx_bf16.h"
+#include "amx_gated.h"
 #include "amx_int8.h"
 #include "gemm.h"
 #include "quant_pack.h"
@@ -37,8 +38,9 @@ void prepare_rows(const PackedWeight& w, const void* x, int x_type, long begin, 
     bf16_rows(w.k, (const float*)x, begin, end, (bf16*)prepared);
 #else
   const bf16* from = (const bf16*)x;
-  float* to = (float*)prepared;
-  for (long i = begin * w.k; i < end * w.k; i += W) store_up_to(to + i, load_up_to(from + i, end * w.k - i), end * w.k - i);
+  float* to = (float*)prepared + begin * w.k;
+  const long count = (end - begin) * w.k;
+  for (long i = 0; i < count; i += W) store_up_to(to + i, load_up_to(from + i, count - i), count - i);
 #endif
 }
 
@@ -64,6 +66,24 @@ void multiply(const PackedWeight& weight, const void* prepared, int x_type, long
 #endif
     }
   }
+}
+
+bool can_gate(const PackedWeight& gate_up, const PackedWeight& down, int x_type) {
+#if defined(LS_TILE_BF16)
+  return x_type == kBFloat16 && gated_fits(gate_up, down);
+#else
+  (void)gate_up, (void)down, (void)x_type;
+  return false;
+#endif
+}
+
+void multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* prepared, long rows, void* inner,
+                    int worker, int workers) {
+#if defined(LS_TILE_BF16)
+  bf16_multiply_gated(gate_up, down, prepared, rows, (bf16*)inner, worker, workers);
+#else
+  (void)gate_up, (void)down, (void)prepared, (void)rows, (void)inner, (void)worker, (void)workers;
+#endif
 }
 
 void embed_rows(const PackedWeight& weight, const int64_t* ids, long begin, long end, const Output& out) {
@@ -203,7 +223,8 @@ struct ProductTask {
 void prepare_task(void* context, long task) {
   const ProductTask& a = *(const ProductTask*)context;
   const long begin = task * a.rows_per_task;
-  prepare_rows(*a.w, a.x, a.x_type, begin, min_of(a.rows, begin + a.rows_per_task), a.prepared);
+  const char* first = (const char*)a.x + begin * a.w->k * (a.x_type == kBFloat16 ? 2 : 4);
+  prepare_rows(*a.w, first, a.x_type, begin, min_of(a.rows, begin + a.rows_per_task), a.prepared);
 }
 
 void multiply_task(void* context, long worker) {
