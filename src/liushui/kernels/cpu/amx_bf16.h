@@ -105,21 +105,28 @@ LS_INLINE void bf16_begin(const float* y, bool first) {
   }
 }
 
-// Sums y [32][32] of a pair of tiles of rows, or of one, with chunks of a panel: begun, or taken up again. `fresh`:
-// nobody has read these chunks yet. `lines` lines from `ahead` on are fetched in each turn.
-template <bool two, bool fresh>
-inline void bf16_block(const TileRows& x, const char* w, long chunks, bool first, const char* ahead, long lines,
-                       float* y) {
-  bf16_begin<two>(y, first);
-  const char *at = x.first, *sums = (const char*)(y + kPairRows * kPairColumns);
+// A block of a panel: whether it is to be fetched (it is not near yet), and how many bytes past its last chunk what comes
+// next begins; `lines` lines of memory from `ahead` on are brought to the second cache in each turn.
+struct Reading {
+  bool fetch;
+  long jump;
+  const char* ahead;
+  long lines;
+};
+
+// Sums y [32][32] of a pair of tiles of rows, or of one, with chunks of a panel: begun, or taken up again.
+template <bool two, bool fetch>
+LS_INLINE void bf16_turns(const TileRows& x, const char* w, long chunks, bool first, const Reading& r, const float* y) {
+  const char *at = x.first, *sums = (const char*)(y + kPairRows * kPairColumns), *ahead = r.ahead;
   for (long i = 0; i < chunks; i++, at += x.chunk_bytes, w += kPairBytes, sums += kSumLines * 64) {
     const char* next = at + kTurnsAhead * x.chunk_bytes + (i + kTurnsAhead < chunks ? 0 : x.jump);
+    const char* next_w = w + kStreamAhead * kPairBytes + (i + kStreamAhead < chunks ? 0 : r.jump);
     LS_TILE_LOAD(6, w, 64);
     LS_TILE_LOAD(4, at, x.row_bytes);
     if (two) fetch_near<16>(next);
     LS_TILE_BF16(0, 4, 6);
     LS_TILE_LOAD(7, w + kTileBytes, 64);
-    if (fresh) fetch_near<32>(w + kStreamAhead * kPairBytes);
+    if (fetch) fetch_near<16>(next_w);
     LS_TILE_BF16(1, 4, 7);
     if (two) {
       LS_TILE_LOAD(5, at + x.tile_bytes, x.row_bytes);
@@ -127,9 +134,19 @@ inline void bf16_block(const TileRows& x, const char* w, long chunks, bool first
       LS_TILE_BF16(2, 5, 6);
       if (!first) fetch_near<kSumLines>(sums);
     }
-    for (long l = 0; l < lines; l++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    if (fetch) fetch_near<16>(next_w + kTileBytes);
+    for (long l = 0; l < r.lines; l++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     if (two) LS_TILE_BF16(3, 5, 7);
   }
+}
+
+template <bool two>
+inline void bf16_block(const TileRows& x, const char* w, long chunks, bool first, const Reading& r, float* y) {
+  bf16_begin<two>(y, first);
+  if (r.fetch)
+    bf16_turns<two, true>(x, w, chunks, first, r, y);
+  else
+    bf16_turns<two, false>(x, w, chunks, first, r, y);
   LS_TILE_STORE(0, y, kSumBytes);
   LS_TILE_STORE(1, y + kTile, kSumBytes);
   if (two) {
@@ -163,20 +180,13 @@ void tile_panel(const TileInput& x, long begin, long end, long panel, const Pane
     const long chunk = chunks * block / blocks, depth = chunks * (block + 1) / blocks - chunk;
     const WeightPanel p = panel_of(panel, chunk, depth);
     const long turns = max_of(1, (end - begin - 1) * depth), lines = (p.ahead_bytes / 64 + turns - 1) / turns;
-    const bool first = block == 0;
     for (long pair = begin; pair < end; pair++) {
       float* y = sums + (pair - begin) * kPairRows * kPairColumns;
       const TileRows tiles = x.tiles(pair, chunk, depth);
       const long row = pair * kPairRows, height = min_of(kPairRows, x.rows - row);
-      const char* ahead = p.ahead + (pair - begin - 1) * depth * lines * 64;
-      if (height <= kTile)
-        bf16_block<false, true>(tiles, p.first, depth, first, nullptr, 0, y);
-      else if (pair == begin)
-        bf16_block<true, true>(tiles, p.first, depth, first, nullptr, 0, y);
-      else if (blocks == 1)
-        bf16_block<true, true>(tiles, p.first, depth, first, ahead, lines, y);
-      else
-        bf16_block<true, false>(tiles, p.first, depth, first, ahead, lines, y);
+      Reading r = {blocks == 1 || pair == begin, pair + 1 < end ? -depth * kPairBytes : 0, nullptr, 0};
+      if (pair > begin) r.ahead = p.ahead + (pair - begin - 1) * depth * lines * 64, r.lines = lines;
+      (height > kTile ? bf16_block<true> : bf16_block<false>)(tiles, p.first, depth, block == 0, r, y);
       if (block + 1 == blocks) done(row, height, y);
     }
   }
