@@ -11,8 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Libraries that would ask a hub, or load their newest list of prices, take what is here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-# Without a GPU, Triton's kernels run in its interpreter.
-if not Path("/dev/nvidiactl").exists():
+# Without a GPU, or where it is hidden, Triton's kernels run in its interpreter.
+if not Path("/dev/nvidiactl").exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest

@@ -1,6 +1,7 @@
 """The default model itself: the tokens of Hugging Face in float32 from the same file, and the same bits in company."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,18 +41,39 @@ def prompts(llm: LLM) -> list[list[int]]:
     return [llm.tokenizer.encode(text) for text in texts]
 
 
-def test_greedy_tokens_are_hugging_faces(llm: LLM, prompts: list[list[int]], smollm2: Path) -> None:
-    """Each token is Hugging Face's most likely one after those before it: its greedy answer, in one pass a prompt."""
+@pytest.fixture(scope="module")
+def theirs(smollm2: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32).eval()
+
+
+def _answers(llm: LLM, theirs: Any, prompts: list[list[int]]) -> list[tuple[list[int], Any]]:
+    """Greedy answers with the peer's logits [NEW, vocabulary] at each of their places, in one pass a prompt."""
+    import torch
+
     ours = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True), use_tqdm=False)
-    for prompt, output in zip(prompts, ours, strict=True):
-        answer = list(output.outputs[0].token_ids)
-        with torch.inference_mode():
-            logits = theirs(torch.tensor([prompt + answer[:-1]]), logits_to_keep=NEW).logits[0]
+    answers = [list(output.outputs[0].token_ids) for output in ours]
+    with torch.inference_mode():
+        return [
+            (answer, theirs(torch.tensor([prompt + answer[:-1]]), logits_to_keep=NEW).logits[0])
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+
+def test_greedy_tokens_are_hugging_faces(smollm2: Path, theirs: Any, prompts: list[list[int]]) -> None:
+    """With exact weights, each token is the peer's most likely one after those before it: its own greedy answer."""
+    llm = LLM(str(smollm2), dtype="float32", weights="float32", kv_cache_gib=0.5)
+    for answer, logits in _answers(llm, theirs, prompts):
         assert answer == logits.argmax(dim=-1).tolist()
+
+
+def test_the_default_chooses_otherwise_only_in_a_tie(llm: LLM, theirs: Any, prompts: list[list[int]]) -> None:
+    """Multiplying the file's blocks rounds activations to 16 bits: a tie may then fall differently."""
+    for answer, logits in _answers(llm, theirs, prompts):
+        chosen = logits.gather(1, logits.new_tensor(answer).long()[:, None])[:, 0]
+        assert float((logits.max(dim=-1).values - chosen).max()) < 0.005
 
 
 def test_company_changes_no_bit(llm: LLM, prompts: list[list[int]]) -> None:

@@ -126,6 +126,8 @@ class InputProcessor:
         params = self.filled(params)
         if request_id is not None and (not isinstance(request_id, str) or not request_id or "/" in request_id):
             raise ParameterError("request_id", f"must be a non-empty string without '/', got {request_id!r}")
+        if params.truncate_prompt_tokens is None and isinstance(prompt, list):
+            self._max_tokens(len(prompt), params)  # far too many are not looked at one by one
         text, ids = self._token_ids(prompt)
         text = text if text is not None else prompt_text
         self._check_ids(ids, params)

@@ -285,6 +285,8 @@ class ProcessLink:
                     if time.monotonic() >= end:
                         await asyncio.sleep(0)
                         end = time.monotonic() + _TURN
+        except ConnectionError:
+            pass  # a process that was killed leaves it unread
         except Exception as error:  # whatever it is, nobody may wait for ever
             why = f"what it said cannot be read ({describe(error)}); "
         self._reading = None

@@ -56,6 +56,7 @@ def build_app(
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        redirect_slashes=False,  # it would send a client to whatever its Host header says
         telemetry=NO_TELEMETRY,
     )
     _add_posts(app, house)

@@ -19,7 +19,7 @@ from liushui.server.logprobs import Words, by_token_id, chat_content, chat_rows
 from liushui.server.params import sampling_params, serve_request
 from liushui.server.schema.chat import ChatRequest, Message
 from liushui.server.visit import LOG, Visit
-from liushui.server.wire import EventStream, JsonAnswer, read_json, started, visit_of, while_connected
+from liushui.server.wire import EventStream, JsonAnswer, read_body, started, visit_of, while_connected
 
 _SHOWN_IF_NAMED = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 
@@ -27,7 +27,7 @@ _SHOWN_IF_NAMED = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 async def chat_completions(house: House, request: Request) -> Response:
     visit = visit_of(request)
     house.check_room(visit)
-    body = ChatRequest.read(await read_json(request))
+    body = await read_body(request, ChatRequest)
     house.greet(request, visit, body)
     talk = Talk(house, visit, body)
     if not body.streams:

@@ -18,7 +18,7 @@ from liushui.server.params import sampling_params, serve_request
 from liushui.server.pieces import Rows
 from liushui.server.schema.completions import CompletionRequest
 from liushui.server.visit import Visit
-from liushui.server.wire import EventStream, JsonAnswer, read_json, started, visit_of, while_connected
+from liushui.server.wire import EventStream, JsonAnswer, read_body, started, visit_of, while_connected
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -27,7 +27,7 @@ DEFAULT_MAX_TOKENS = 16
 async def completions(house: House, request: Request) -> Response:
     visit = visit_of(request)
     house.check_room(visit)
-    body = CompletionRequest.read(await read_json(request))
+    body = await read_body(request, CompletionRequest)
     house.greet(request, visit, body)
     job = Completion(house, visit, body)
     if not body.streams:

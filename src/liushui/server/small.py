@@ -12,7 +12,7 @@ from liushui.server.errors import ApiError
 from liushui.server.house import House, refusals
 from liushui.server.metrics import CONTENT_TYPE, Metrics
 from liushui.server.schema.tokenize import DetokenizeRequest, TokenizeRequest
-from liushui.server.wire import JsonResponse, read_json, visit_of
+from liushui.server.wire import JsonResponse, read_body, visit_of
 
 
 def model_card(house: House, name: str, created: int) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def model_card(house: House, name: str, created: int) -> dict[str, Any]:
 
 async def tokenize(house: House, request: Request) -> Response:
     visit = visit_of(request)
-    body = TokenizeRequest.read(await read_json(request))
+    body = await read_body(request, TokenizeRequest)
     house.check_model(body.model)
     tokenizer = house.engine.tokenizer
     with refusals(visit, {"prompt_token_ids": "prompt"}):
@@ -43,7 +43,7 @@ async def tokenize(house: House, request: Request) -> Response:
 
 
 async def detokenize(house: House, request: Request) -> Response:
-    body = DetokenizeRequest.read(await read_json(request))
+    body = await read_body(request, DetokenizeRequest)
     house.check_model(body.model)
     size = house.engine.info.limits.vocab_size
     wrong = next((i for i, token in enumerate(body.tokens) if token >= size), None)

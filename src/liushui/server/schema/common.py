@@ -38,6 +38,8 @@ MAX_PRIORITY = 100
 MAX_NAME = 256
 MAX_METADATA = 64
 MAX_TIMEOUT = 86_400.0
+MAX_VALUES, MAX_LISTS = 1 << 20, 1 << 16
+"""Of a whole body: numbers, texts, lists and so on; lists and objects, and the names in objects."""
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]

@@ -21,15 +21,21 @@ PROMPT_SCHEMA = {
         {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
     ]
 }
+_TOGETHER = 1 << 16
+"""Token ids that are looked at in one go: between two, others have their turn."""
 _TOKEN_IDS: TypeAdapter[list[int]] = TypeAdapter(Annotated[list[TokenId], Field(min_length=1, strict=True)])
 
 
-def _token_ids(value: Any, where: str = "") -> list[int]:
+def _token_ids(value: list[Any], where: str = "") -> list[int]:
+    found: list[int] = []
     try:
-        return _TOKEN_IDS.validate_python(value, strict=True)
+        while len(found) < max(len(value), 1):
+            found += _TOKEN_IDS.validate_python(value[len(found) : len(found) + _TOGETHER], strict=True)
     except ValidationError as error:
-        place = "".join(f"[{part}]" for part in error.errors(include_input=False)[0]["loc"])
+        location = error.errors(include_input=False)[0]["loc"]
+        place = "".join(f"[{int(part) + len(found)}]" for part in location)
         raise ValueError(f"{where}{place or ' '} must be token ids, 0 to {MAX_TOKEN_ID}, at least one") from None
+    return found
 
 
 def _prompts(value: Any) -> list[str | list[int]]:

@@ -7,7 +7,7 @@ from pydantic import Field, StrictBool, model_validator
 
 from liushui.server.errors import ApiError
 from liushui.server.schema.chat import MAX_MESSAGES, MAX_VARIABLES, ChatRequest, Message
-from liushui.server.schema.common import Body, Refused, TokenId
+from liushui.server.schema.common import MAX_VALUES, Body, Refused, TokenId
 
 
 class TokenizeRequest(Body):
@@ -39,4 +39,4 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    tokens: Annotated[list[TokenId], Field(max_length=4_000_000)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_VALUES)]
