@@ -25,10 +25,9 @@ LS_INLINE const T* add_residual(const Norm<T>& a, long row) {
   const T* x = a.x + row * a.width;
   if (!a.residual) return x;
   T* sum = a.residual + row * a.width;
-  for (long i = 0; i < a.width; i += W) {
-    const long n = a.width - i;
+  each_vector(0, a.width, [&](long i, long n) {
     store_up_to(sum + i, load_up_to(sum + i, n) + load_up_to(x + i, n), n);
-  }
+  });
   return sum;
 }
 
@@ -38,6 +37,7 @@ LS_INLINE float row_sum(const T* x, long width, bool squares, float mean) {
   vf sum[4] = {};
   long i = 0;
   for (; i + 4 * W <= width; i += 4 * W)
+#pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       const vf v = load(x + i + j * W) - mean;
       sum[j] = squares ? fma(v, v, sum[j]) : sum[j] + v;
@@ -62,11 +62,10 @@ void rms_norm_task(void* context, long task) {
     const T* x = add_residual(a, row);
     T* out = a.out + row * a.width;
     const float inverse = 1.0f / __builtin_sqrtf(row_sum(x, a.width, true, 0.0f) / (float)a.width + a.eps);
-    for (long i = 0; i < a.width; i += W) {
-      const long n = a.width - i;
+    each_vector(0, a.width, [&](long i, long n) {
       const vf v = (load_up_to(x + i, n) * inverse) * (load_up_to(a.weight + i, n) + a.offset);
       store_up_to(out + i, v, n);
-    }
+    });
   }
 }
 
@@ -78,11 +77,10 @@ void layer_norm_task(void* context, long task) {
     T* out = a.out + row * a.width;
     const float mean = row_sum(x, a.width, false, 0.0f) / (float)a.width;
     const float inverse = 1.0f / __builtin_sqrtf(row_sum(x, a.width, true, mean) / (float)a.width + a.eps);
-    for (long i = 0; i < a.width; i += W) {
-      const long n = a.width - i;
+    each_vector(0, a.width, [&](long i, long n) {
       const vf normed = (load_up_to(x + i, n) - mean) * inverse;
       store_up_to(out + i, fma(normed, load_up_to(a.weight + i, n), load_up_to(a.bias + i, n)), n);
-    }
+    });
   }
 }
 
@@ -128,13 +126,12 @@ void activate_task(void* context, long task) {
   const long row = task / a.pieces, from = task % a.pieces * kGrain, to = min_of(a.width, from + kGrain);
   const T* x = a.x + row * a.width * (kind == kGeluTanh ? 1 : 2);
   T* out = a.out + row * a.width;
-  for (long i = from; i < to; i += W) {
-    const long n = to - i;
+  each_vector(from, to, [&](long i, long n) {
     const vf gate = load_up_to(x + i, n);
     vf y = kind == kSiluMul ? silu<T>(gate) : gelu_tanh(gate);
     if (kind != kGeluTanh) y = y * load_up_to(x + a.width + i, n);
     store_up_to(out + i, y, n);
-  }
+  });
 }
 
 template <class T>
@@ -172,14 +169,13 @@ LS_INLINE void norm_and_rotate(const ToCache<T, K>& a, const T* x, T* out, const
     const vf v = load_up_to(x + i, n);
     return weight ? (v * inverse) * load_up_to(weight + i, n) : v;
   };
-  for (long i = 0; i < half; i += W) {
-    const long n = half - i;
+  each_vector(0, half, [&](long i, long n) {
     const vf first = value(i, n), second = value(half + i, n);
     const vf cosine = load_up_to(angles + i, n), sine = load_up_to(angles + half + i, n);
     store_up_to(out + i, fma(first, cosine, -(second * sine)), n);
     store_up_to(out + half + i, fma(second, cosine, first * sine), n);
-  }
-  for (long i = 2 * half; i < dim; i += W) store_up_to(out + i, value(i, dim - i), dim - i);
+  });
+  each_vector(2 * half, dim, [&](long i, long n) { store_up_to(out + i, value(i, n), n); });
 }
 
 // x in whole numbers of -127 .. 127 times the scale returned; one that is not finite makes the scale NaN.

@@ -89,9 +89,15 @@ LS_INLINE vf load(const float* p) {
 }
 
 LS_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__) && LS_WIDTH == 16  // gcc 12 would widen it in pieces
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__) && LS_WIDTH == 8
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   vh h;
   memcpy(&h, p, sizeof h);
   return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 
 LS_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
@@ -153,8 +159,23 @@ LS_INLINE void store_up_to(T* p, vf v, long n) {
     store_n(p, v, n);
 }
 
+// Calls each(i, n) for vectors from i on, n elements of each: W of all but the last.
+template <class Each>
+LS_INLINE void each_vector(long from, long to, const Each& each) {
+  for (; from + W <= to; from += W) each(from, (long)W);
+  if (from < to) each(from, to - from);
+}
+
 // Sum of the lanes, halves folded onto each other.
 LS_INLINE float lane_sum(vf v) {
+#if LS_WIDTH == 16
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  const v8 b = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const v4 c = __builtin_shufflevector(b, b, 0, 1, 2, 3) + __builtin_shufflevector(b, b, 4, 5, 6, 7);
+  return (c[0] + c[2]) + (c[1] + c[3]);
+#endif
   float x[W];
   store(x, v);
   for (int half = W / 2; half > 0; half /= 2)
