@@ -1,7 +1,10 @@
 """What a prompt reads from those before it, and when it may."""
 
+from collections import Counter
+
 import pytest
 
+from liushui.core.sequence import Sequence
 from tests.core.world import World, make, shape
 
 
@@ -80,3 +83,49 @@ def test_prompt_logprobs_from_a_position_on_leave_what_is_before_to_the_cache(fi
         world.add(make(name, prompt, 1, prompt_logprobs=0, prompt_logprobs_from=first))
         world.step()
     assert [plan.admitted[0][1] for plan in world.plans] == [0, cached]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_answers_of_one_request_compute_its_prompt_once(depth: int) -> None:
+    """The others enter when the first has computed it, and compute no more than what is behind its last whole block."""
+    world = World(64, 4, depth=depth, max_num_seqs=4, max_num_batched_tokens=8, max_model_len=64)
+    first = make("n", 22, 5, n=3)
+    world.add(first, *(Sequence(first.request, index) for index in (1, 2)), make("next", 6, 5))
+    assert (world.scheduler.num_waiting, [seq.seq_id for seq in world.scheduler.waiting]) == (
+        4,
+        ["n/0", "n/1", "n/2", "next"],
+    )
+    world.run()
+    fed = Counter(item.seq_id for plan in world.plans for item in plan.items for _ in range(item.num_tokens))
+    assert fed == {"n/0": 22 + 4, "n/1": 2 + 4, "n/2": 2 + 4, "next": 6 + 4}
+
+
+@pytest.mark.parametrize("act", ["abort", "finish"])
+@pytest.mark.parametrize("who", [0, 1])
+def test_whoever_leaves_the_others_of_the_request_get_their_answers(act: str, who: int) -> None:
+    world = World(64, 4, max_num_seqs=4, max_num_batched_tokens=8, max_model_len=64)
+    first = make("n", 22, 5, n=3)
+    world.add(first, *(Sequence(first.request, index) for index in (1, 2)))
+    world.step()
+    getattr(world, act)(f"n/{who}")
+    world.run()
+    whole = {seq_id for seq_id, answer in world.answers.items() if len(answer) == 5}
+    assert whole == {"n/0", "n/1", "n/2"} - {f"n/{who}"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "keys", "settings"),
+    [
+        (4, {}, {}),
+        (22, {"prompt_logprobs": 0}, {}),
+        (22, {}, {"prefix_caching": False}),
+        (22, {}, {"policy": "static"}),
+    ],
+    ids=["short", "prompt_logprobs", "no cache", "static"],
+)
+def test_where_nothing_is_gained_answers_of_one_request_enter_together(prompt: int, keys: dict, settings: dict) -> None:
+    world = World(64, 4, max_num_batched_tokens=128, **settings)
+    first = make("n", prompt, 5, n=2, **keys)
+    world.add(first, Sequence(first.request, 1))
+    assert {item.seq_id for item in world.step().items} == {"n/0", "n/1"}
+    world.run()

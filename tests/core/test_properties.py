@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from liushui.core import blocks
 from liushui.core.cost import Pace
+from liushui.core.sequence import Sequence
 from liushui.errors import CapacityError
 from tests.core.world import World, make
 
@@ -46,6 +47,7 @@ arrivals = st.tuples(
     st.fixed_dictionaries(
         {},
         optional={
+            "n": st.integers(1, 3),
             "priority": st.integers(-1, 1),
             "cache_salt": st.sampled_from(["", "a"]),
             "tenant": st.sampled_from(["", "a", "b", "c"]),
@@ -74,7 +76,8 @@ def live(world: World, acts: list[tuple]) -> World:
         if act == "add":
             add(world, *arguments)
         elif act in ("abort", "finish"):
-            getattr(world, act)(str(arguments[0]))
+            names = list(world.sequences)
+            getattr(world, act)(names[arguments[0]] if arguments[0] < len(names) else "nobody")
         elif act == "update":
             if world.in_flight:
                 world.update()
@@ -95,7 +98,7 @@ def add(world: World, pattern: list[int], length: int, tail: list[int], max_toke
     seq = make(str(len(world.sequences)), prompt, max_tokens, **keys)
     limit = min(world.scheduler.max_model_len, world.pool.num_blocks * world.pool.block_size + 1)
     if len(prompt) + max_tokens <= limit:
-        world.add(seq)
+        world.add(seq, *(Sequence(seq.request, index) for index in range(1, keys.get("n", 1))))
     else:
         with pytest.raises(CapacityError) as refused:
             world.add(seq)
@@ -139,6 +142,7 @@ def test_random_walks_under_pressure(depth: int, policy: str) -> None:
             if rng.random() < 0.4:
                 length, tail = rng.randint(0, 12), [rng.randint(1, 2) for _ in range(rng.randint(1, 3))]
                 keys = {"ignore_eos": rng.random() < 0.5, "tenant": rng.choice(["", "", "a", "b"])}
+                keys["n"] = rng.choice([1, 1, 3])
                 add(world, rng.choice(PATTERNS), length, tail, rng.randint(1, 16), keys)
             if rng.random() < 0.05 and world.sequences:
                 rng.choice([world.abort, world.finish])(rng.choice(list(world.sequences)))

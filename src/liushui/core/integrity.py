@@ -18,7 +18,9 @@ def check_scheduler(scheduler: "Scheduler") -> None:
     s.pool.check(seq.block_table for seq in sequences)
     _require(s._running == sorted(s._running, key=order), "the batch is out of order")
     _require(s._waiting == sorted(s._waiting, key=order), "the queue is out of order")
-    queues = {Status.RUNNING: s._running, Status.WAITING: s._waiting, Status.HELD: [seq for seq, _ in s._held]}
+    queues = {Status.RUNNING: s._running, Status.WAITING: s.waiting, Status.HELD: [seq for seq, _ in s._held]}
+    for leader in map(s._sequences.get, s._followers):
+        _require(leader is not None and leader in (*s._waiting, *s._running), f"{leader} is followed, and not there")
     for status, queue in queues.items():
         there = sorted(seq.arrival for seq in queue)
         said = sorted(seq.arrival for seq in sequences if seq.status is status)

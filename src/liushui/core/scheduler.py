@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from heapq import heapify, heappop, heappush
+from itertools import chain
 from typing import Literal
 
 from liushui.core import policy as choose
@@ -56,6 +57,7 @@ class Scheduler:
         """Fewest free blocks that an admission leaves to those who run."""
 
         self._sequences: dict[str, Sequence] = {}
+        self._followers: dict[str, list[Sequence]] = {}  # leader -> other answers of its request, see `_leader`
         self._waiting: list[Sequence] = []  # these two are always sorted by choose.order
         self._running: list[Sequence] = []
         self._held: list[tuple[Sequence, FinishedEvent]] = []  # ended, not yet told
@@ -76,7 +78,7 @@ class Scheduler:
     @property
     def waiting(self) -> tuple[Sequence, ...]:
         """The queue, in order (each tenant's own, if there are several)."""
-        return tuple(self._waiting)
+        return tuple(sorted(chain(self._waiting, *self._followers.values()), key=choose.order))
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -85,7 +87,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + sum(map(len, self._followers.values()))
 
     @property
     def num_running(self) -> int:
@@ -127,7 +129,10 @@ class Scheduler:
         self._shares.enter(seq.request.tenant)
         if seq.request.deadline is not None:
             heappush(self._deadlines, (seq.request.deadline, seq.arrival, seq.seq_id))
-        insort(self._waiting, seq, key=choose.order)
+        if (leader := self._leader(seq)) is None:
+            insort(self._waiting, seq, key=choose.order)
+        else:
+            self._followers.setdefault(leader.seq_id, []).append(seq)
 
     def abort(self, seq_id: str, reason: FinishReason = FinishReason.ABORT) -> list[Event]:
         """End a sequence from outside (cancelled, a stop string found, an error). Unknown ids are ignored.
@@ -142,7 +147,7 @@ class Scheduler:
         if seq.status is Status.HELD:
             self._held = [held for held in self._held if held[0] is not seq]
         else:
-            _remove(self._running if seq.status is Status.RUNNING else self._waiting, seq)
+            self._take_out(seq)
         seq.status, seq.finish_reason = Status.ENDED, reason
         self._give_back(seq)
         return self._let_go()
@@ -184,7 +189,8 @@ class Scheduler:
         tokens at once, so only decodes ever lack a block, and admitted prompts cannot lock each other out. A decode
         that lacks one takes it from the last in order, who goes back to the queue; but if blocks are on their way back
         already (their owners are done, and plans in flight name them) it waits for these. The first in order always
-        gets ahead: hence everybody does, in turn.
+        gets ahead: hence everybody does, in turn. Of n answers to one prompt the others enter once the first has
+        computed it, and read it from the prefix cache.
 
         `now`: seconds on the engine's clock. `pace`: bounds the prompts' share of a step in time as well, as long as
         others decode.
@@ -240,6 +246,7 @@ class Scheduler:
                     seq.num_pending -= 1
                     events.append(TokensEvent(seq.seq_id, (token,)))
                     reason = seq.append(token)
+                    self._lead(seq)
                     if reason:
                         self._end(seq, reason, token if reason is FinishReason.STOP else None)
             if not seq.num_in_flight and seq.status is not Status.RUNNING:
@@ -251,6 +258,21 @@ class Scheduler:
         check_scheduler(self)
 
     # -- entering
+
+    def _leader(self, seq: Sequence) -> Sequence | None:
+        """The first answer of the same request, if `seq` waits until that has computed the prompt that they share, to
+        read it from the prefix cache; it keeps its place in the order."""
+        request, first = seq.request, self._sequences.get(seq.request.seq_id(0))
+        if first is None or first.num_known > first.num_prompt:
+            return None
+        cacheable = seq.num_prompt > self.pool.block_size and request.sampling.prompt_logprobs is None
+        lives = first is not seq and first.status in (Status.WAITING, Status.RUNNING)
+        return first if lives and cacheable and self.prefix_caching and not self.policy.together else None
+
+    def _lead(self, seq: Sequence) -> None:
+        """The prompt of `seq` is computed, or never will be: who follows it may enter."""
+        for follower in self._followers.pop(seq.seq_id, ()):
+            insort(self._waiting, follower, key=choose.order)
 
     def _may_enter(self) -> bool:
         return bool(self._waiting and self._free_slots)
@@ -335,10 +357,19 @@ class Scheduler:
     # -- leaving
 
     def _end(self, seq: Sequence, reason: FinishReason, stop: int | None = None) -> None:
-        """Take a sequence out of the batch, or out of the queue if it was preempted with this step in flight."""
-        _remove(self._running if seq.status is Status.RUNNING else self._waiting, seq)
+        """End a sequence in the batch, or in the queue if it was preempted with this step in flight."""
+        self._take_out(seq)
         seq.status, seq.finish_reason = Status.HELD, reason
         self._held.append((seq, FinishedEvent(seq.seq_id, reason, stop)))
+
+    def _take_out(self, seq: Sequence) -> None:
+        """Of the batch or of the queue."""
+        self._lead(seq)
+        followers = self._followers.get(seq.request.seq_id(0), [])
+        if seq in followers:
+            followers.remove(seq)
+        else:
+            _remove(self._running if seq.status is Status.RUNNING else self._waiting, seq)
 
     def _let_go(self) -> list[Event]:
         """End those who are held: at once, or under `static` when the last of the group is done."""

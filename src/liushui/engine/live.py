@@ -79,7 +79,7 @@ class LiveRequest:
             finished=True,
             prompt_logprobs=[self._prompt_logprobs.get(position) for position in positions] if wanted else None,
             timings=self.timings(finished),
-            num_cached_tokens=max(live.times.cached_tokens for live in self.answers),
+            num_cached_tokens=self.answers[0].times.cached_tokens,  # the others may read what this one computed
             truncated_tokens=prepared.truncated_tokens,
             effective_params=prepared.effective_params(),
             error=self.error,
