@@ -26,19 +26,20 @@ inline size_t wide_prepared_bytes(const PackedWeight& w, long rows) {
   return wide_direct(w.k, rows) ? 0 : (size_t)((rows + kTile - 1) / kTile * groups_of(w) * 1024);
 }
 
+// x: row `begin`.
 inline void wide_rows(long k, const bf16* x, long begin, long end, bf16* prepared) {
   const long chunks = (k + kInnerGroup - 1) / kInnerGroup;
   for (long row = begin; row < end;) {
     bf16* to = prepared + row / kTile * chunks * 512;
     if (k % kInnerGroup == 0 && row % kTile == 0 && row + kTile <= end) {
       for (long chunk = 0; chunk < chunks; chunk++)
-        transpose_words((const uint32_t*)(x + row * k + chunk * kInnerGroup), k / 2, (uint32_t*)(to + chunk * 512));
+        transpose_words((const uint32_t*)(x + (row - begin) * k + chunk * kInnerGroup), k / 2, (uint32_t*)(to + chunk * 512));
       row += kTile;
       continue;
     }
     for (long chunk = 0; chunk < chunks; chunk++) {
       bf16 values[kInnerGroup] = {};
-      memcpy((void*)values, x + row * k + chunk * kInnerGroup, (size_t)min_of(kInnerGroup, k - chunk * kInnerGroup) * 2);
+      memcpy((void*)values, x + (row - begin) * k + chunk * kInnerGroup, (size_t)min_of(kInnerGroup, k - chunk * kInnerGroup) * 2);
       for (int pair = 0; pair < 16; pair++)
         memcpy((void*)(to + chunk * 512 + pair * 32 + row % kTile * 2), values + 2 * pair, 4);
     }

@@ -6,66 +6,59 @@
 #if defined(LS_TILE_BF16)
 namespace {
 
-static_assert(W == kColumns, "a row of a tile is one vector of pairs");
+static_assert(W == kTile, "a row of a tile is one vector of pairs");
 
 constexpr int kMixedRows = 8;
 
-// M rows times P panels of 16 columns; a panel's chunks lie `chunk_bytes` apart.
-template <int M, int P>
-void mixed_tile(const float* x, long k, const char* panel, long panel_bytes, long chunk_bytes, float* y) {
-  vf sum[M][P];
+// M rows times a panel of 32 columns.
+template <int M>
+void mixed_tile(const float* x, long k, const char* panel, float* y) {
+  vf sum[M][2];
 #pragma GCC unroll 8
-  for (int r = 0; r < M; r++)
-#pragma GCC unroll 2
-    for (int p = 0; p < P; p++) sum[r][p] = vf{};
+  for (int r = 0; r < M; r++) sum[r][0] = sum[r][1] = vf{};
   for (long i = 0; i < k; i += 2) {
-    const char* pairs = panel + i / kInnerGroup * chunk_bytes + i % kInnerGroup * 32;
-    vu both[P];
+    const char* pairs = panel + i / kInnerGroup * kPairBytes + i % kInnerGroup * 32;
+    __builtin_prefetch(pairs + 2 * kPairBytes, 0, 3);
+    __builtin_prefetch(pairs + 2 * kPairBytes + kTileBytes, 0, 3);
+    vu both[2];
+    memcpy(&both[0], pairs, 64), memcpy(&both[1], pairs + kTileBytes, 64);
 #pragma GCC unroll 2
-    for (int p = 0; p < P; p++) {
-      __builtin_prefetch(pairs + p * panel_bytes + 2048, 0, 3);
-      memcpy(&both[p], pairs + p * panel_bytes, 64);
+    for (int odd = 0; odd < 2; odd++) {
+      if (i + odd == k) break;
+#pragma GCC unroll 2
+      for (int p = 0; p < 2; p++) {
+        const vf w = (vf)(odd ? both[p] & 0xffff0000u : both[p] << 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < M; r++) sum[r][p] = fma(splat(x[r * k + i + odd]), w, sum[r][p]);
+      }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < M; r++)
-#pragma GCC unroll 2
-      for (int p = 0; p < P; p++) sum[r][p] = fma(splat(x[r * k + i]), (vf)(both[p] << 16), sum[r][p]);
-    if (i + 1 == k) break;
-#pragma GCC unroll 8
-    for (int r = 0; r < M; r++)
-#pragma GCC unroll 2
-      for (int p = 0; p < P; p++) sum[r][p] = fma(splat(x[r * k + i + 1]), (vf)(both[p] & 0xffff0000u), sum[r][p]);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < M; r++)
-#pragma GCC unroll 2
-    for (int p = 0; p < P; p++) store(y + r * P * kColumns + p * kColumns, sum[r][p]);
+  for (int r = 0; r < M; r++) store(y + r * kPairColumns, sum[r][0]), store(y + r * kPairColumns + W, sum[r][1]);
 }
 
-using MixedTile = void (*)(const float*, long, const char*, long, long, float*);
+using MixedTile = void (*)(const float*, long, const char*, float*);
 
 template <int M>
-MixedTile mixed_tile_of(int rows, int panels) {
+MixedTile mixed_tile_of(long rows) {
   if constexpr (M == 0)
     return nullptr;
   else
-    return rows < M ? mixed_tile_of<M - 1>(rows, panels) : panels == 2 ? mixed_tile<M, 2> : mixed_tile<M, 1>;
+    return rows < M ? mixed_tile_of<M - 1>(rows) : mixed_tile<M>;
 }
 
 inline void mixed_multiply(const PackedWeight& w, const float* x, long rows, long first_column, const Output& out,
                            int worker, int workers) {
-  const long panels = (w.n + kColumns - 1) / kColumns, bytes = bf16_chunks(w.k) * kTileBytes;
-  const Share share = share_of((panels + 1) / 2, worker, workers);
-  float y[kMixedRows * 2 * kColumns];
-  for (long unit = share.begin; unit < share.end; unit++) {
-    const long panel = 2 * unit, column = panel * kColumns, count = min_of(2 * kColumns, w.n - column);
-    const int together = panel + 1 < panels ? 2 : 1;
+  const long bytes = bf16_chunks(w.k) * kPairBytes;
+  const Share share = share_of(bf16_panels(w.n), worker, workers);
+  float y[kMixedRows * kPairColumns];
+  for (long panel = share.begin; panel < share.end; panel++) {
+    const long column = panel * kPairColumns, count = min_of(kPairColumns, w.n - column);
     for (long row = 0; row < rows; row += kMixedRows) {
-      const int height = (int)min_of(kMixedRows, rows - row);
-      mixed_tile_of<kMixedRows>(height, together)(x + row * w.k, w.k, (const char*)w.data + panel * bytes, bytes,
-                                                  kTileBytes, y);
+      const long height = min_of(kMixedRows, rows - row);
+      mixed_tile_of<kMixedRows>(height)(x + row * w.k, w.k, (const char*)w.data + panel * bytes, y);
       emit_rows(out, w.bias ? w.bias + column : nullptr, worker, row, height, first_column + column, count, y,
-                together * kColumns);
+                kPairColumns);
     }
   }
 }
