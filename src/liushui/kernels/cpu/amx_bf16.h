@@ -105,8 +105,8 @@ LS_INLINE void bf16_begin(const float* y, bool first) {
   }
 }
 
-// A block of a panel: whether it is to be fetched (it is not near yet), and how many bytes past its last chunk what comes
-// next begins; `lines` lines of memory from `ahead` on are brought to the second cache in each turn.
+// A block of a panel: whether it is to be fetched (it is not near yet), and how many bytes past its last chunk what
+// comes next begins; `lines` lines of memory from `ahead` on are brought to the second cache in each turn.
 struct Reading {
   bool fetch;
   long jump;
@@ -171,7 +171,8 @@ struct TileInput {
 };
 
 // One panel for pairs [begin, end) of tiles of rows: calls done(row, height, y [32][32]) for each pair as it is done.
-// `panel_of(panel, chunk, depth)` makes these chunks of the panel, [chunk][tile], ready; they stay so until its next call.
+// `panel_of(panel, chunk, depth)` makes these chunks of the panel, [chunk][tile], ready; they stay so until its next
+// call.
 template <class PanelOf, class Done>
 void tile_panel(const TileInput& x, long begin, long end, long panel, const PanelOf& panel_of, float* sums,
                 const Done& done) {

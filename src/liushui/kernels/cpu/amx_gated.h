@@ -25,8 +25,8 @@ LS_INLINE void gate_rows(const float* gate, const float* up, const float* gate_b
 }
 
 // The share of `worker`; inner: rows [rows, k of down] where `down` takes them as they are, else prepared for it.
-inline void bf16_multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* x, long rows, bf16* inner,
-                                int worker, int workers) {
+inline void bf16_multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* x, long rows,
+                                bf16* inner, int worker, int workers) {
   const TileInput input = {(const char*)x, bf16_direct(gate_up.k, liushui::kBFloat16, rows), rows, gate_up.k};
   const bool direct = bf16_direct(down.k, liushui::kBFloat16, rows);
   const PackedPanels panels = {gate_up};
@@ -35,12 +35,13 @@ inline void bf16_multiply_gated(const PackedWeight& gate_up, const PackedWeight&
   tile_units(input, half_panels, worker, workers, [&](long panel, long begin, long end) {
     const long column = panel * kPairColumns;
     tile_panel(input, begin, end, panel, panels, gates, [](long, long, const float*) {});
-    tile_panel(input, begin, end, panel + half_panels, panels, gates + size, [&](long row, long height, const float* up) {
-      const float* bias = gate_up.bias ? gate_up.bias + column : nullptr;
+    const float* bias = gate_up.bias ? gate_up.bias + column : nullptr;
+    const auto finish = [&](long row, long height, const float* up) {
       bf16* to = direct ? inner + row * half + column : bf16_place(inner, half, row) + panel * (kPairBytes / 2);
       gate_rows(gates + (row - begin * kPairRows) * kPairColumns, up, bias, bias ? bias + half : nullptr, height, to,
                 direct ? half : kInnerGroup, direct ? kTile * half : kTileBytes / 2);
-    });
+    };
+    tile_panel(input, begin, end, panel + half_panels, panels, gates + size, finish);
   });
 }
 

@@ -226,7 +226,10 @@ LS_INLINE void sum_blocks(const TaskShape& t, const bf16* values, long begin, lo
 #pragma GCC unroll 4
         for (int part = 0; part < kSumTiles; part++) {
           if (adds) add_to_sums(from, t.columns - c, weights + b * kBlock, part);
-          if (makes) before(next, part, kSumTiles);
+          if (makes) {
+            if (c + part < t.columns) fetch_tile(values + (next * t.columns + c + part) * 512);
+            before(next, part, kSumTiles);
+          }
         }
       } else {
         if (makes) before(next, 0, 1);
@@ -293,6 +296,7 @@ void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const 
   };
   for (long b = begin; b < end; b++) {  // vectors follow the tiles at a distance of one block
     float *to = s.scores[0] + b * block, *to2 = s.scores[1] + b * block;
+    if (b + 1 < end) fetch_keys(keys.tiles + 2 * (b + 1), t.dim);
     if constexpr (L == 16)
       tile_scores<two>(keys.tiles + 2 * b, queries, queries + t.chunks * 32 * L, t.dim, to, to2);
     else

@@ -258,6 +258,20 @@ struct KeyTile {
   long row_bytes;
 };
 
+// Keys and values of a split fill the nearest cache by themselves: what comes next is fetched.
+inline void fetch_keys(const KeyTile* keys, long dim) {
+  for (int half = 0; half < 2; half++) {
+    const char* row = (const char*)keys[half].first;
+    for (int r = 0; r < kTile; r++, row += keys[half].row_bytes)
+      for (long i = 0; i < 2 * dim; i += 64) __builtin_prefetch(row + i, 0, 3);
+  }
+}
+
+LS_INLINE void fetch_tile(const bf16* tile) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; i++) __builtin_prefetch(tile + 32 * i, 0, 3);
+}
+
 // scores [kKeys][16] of one tile of rows, or of two, with a block's keys. queries [chunk][pair of dimensions][row][2].
 template <bool two>
 inline void tile_scores(const KeyTile* keys, const bf16* queries, const bf16* queries2, long dim, float* scores,

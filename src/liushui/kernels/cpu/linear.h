@@ -75,8 +75,8 @@ void multiply(const PackedWeight& weight, const void* prepared, int x_type, long
 // Whether multiply_gated can serve: `gate_up` has the rows of a gate, then as many of what it lets through.
 bool can_gate(const PackedWeight& gate_up, const PackedWeight& down, int x_type);
 
-// The share of `worker` in silu(x gate^T) * (x up^T), every operation rounded as by itself, to `inner`: in the form that
-// `down` multiplies with, that is prepared, or rows as they are where nothing has to be prepared.
+// The share of `worker` in silu(x gate^T) * (x up^T), every operation rounded as by itself, to `inner`: in the form
+// that `down` multiplies with, that is prepared, or rows as they are where nothing has to be prepared.
 void multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* prepared, long rows, void* inner,
                     int worker, int workers);
 

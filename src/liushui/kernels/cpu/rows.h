@@ -205,12 +205,30 @@ LS_INLINE float to_int8(const T* x, long dim, int8_t* out) {
   return largest / 127.0f;
 }
 
+// Brings a later token near: its row, part of which another worker made, and its place in the cache, long unused.
+template <class T, class K>
+LS_INLINE void fetch_token(const ToCache<T, K>& a, long t) {
+  const long dim = a.head_dim, width = (a.num_heads + 2L * a.num_kv_heads) * dim;
+  const char* row = (const char*)(a.qkv + t * width);
+  for (long i = 0; i < width * (long)sizeof(T); i += 64) __builtin_prefetch(row + i, 0, 3);
+  const long slot = a.slots[t];
+  if (slot < 0 || slot >= a.num_slots) return;
+  for (long h = 0; h < a.num_kv_heads; h++) {
+    const long place = ((slot / a.block_size * a.num_kv_heads + h) * a.block_size + slot % a.block_size) * dim;
+    for (long i = 0; i < dim; i += 64 / (long)sizeof(K)) {
+      __builtin_prefetch(a.k_cache + place + i, 1, 3);
+      __builtin_prefetch(a.v_cache + place + i, 1, 3);
+    }
+  }
+}
+
 template <class T, class K>
 void to_cache_task(void* context, long task) {
   ToCache<T, K>& a = *(ToCache<T, K>*)context;
   const long dim = a.head_dim, heads = a.num_heads + 2L * a.num_kv_heads;
   for (long t = task * a.tokens_per_task; t < min_of(a.tokens, (task + 1) * a.tokens_per_task); t++) {
     const long slot = a.slots[t], position = a.positions[t];
+    if (t + 2 < a.tokens) fetch_token(a, t + 2);
     if (slot < 0) continue;
     if (slot >= a.num_slots || (a.rope && (position < 0 || position >= a.max_position))) {
       __atomic_store_n(&a.bad, 1, __ATOMIC_RELAXED);

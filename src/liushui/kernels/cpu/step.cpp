@@ -222,7 +222,8 @@ auto norm_of(const T* x, const void* weight, float eps, long width) {
 
 // What `weight` multiplies with, for rows that are there already.
 template <class T>
-const void* product_input(Step<T>& step, const PackedWeight& weight, long rows, T* x, liushui::StepPart part, Worker& w) {
+const void* product_input(Step<T>& step, const PackedWeight& weight, long rows, T* x, liushui::StepPart part,
+                          Worker& w) {
   if (liushui::LS_ISA::prepared_bytes(weight, step.m.type, rows) == 0) return x;
   return product_input(step, weight, rows, x, [=](long row, T*) { return x + row * weight.k; }, part, w);
 }
