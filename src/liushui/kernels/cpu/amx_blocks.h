@@ -154,26 +154,24 @@ inline void turn_sums(const uint32_t* sums, bool two, float* y) {
     transpose_words(sums + t * 256, 16, (uint32_t*)y + t / 2 * kTile * kWide + t % 2 * kTile, kWide);
 }
 
-// One panel for rows [begin, end) of `rows`, at most kWideRows.
+// One panel for rows [begin, end), at most kWideRows.
 struct WideTask {
   const PackedWeight& w;
   const char* x;
-  long begin, end, panel, first_column;
-  const Output& out;
-  int worker;
+  long begin, end, panel;
   char* expanded;
   uint32_t* sums;  // of kWideRows rows
-  float* y;
+
+  bool lone() const { return wide_direct(w.k, end); }
 };
 
-template <int kPlain>
-void wide_panel(const WideTask& a) {
-  const PackedWeight& w = a.w;
-  const long chunks = groups_of(w), tile = chunks * 1024, pairs = (a.end - a.begin + 2 * kTile - 1) / (2 * kTile);
-  const bool lone = wide_direct(w.k, a.end);
+// Calls done(row, height, sums) for each pair of tiles of rows as it is done; sums [32] of a lone row, else [4][16][16].
+template <int kPlain, class Done>
+void wide_panel_of(const WideTask& a, const Done& done) {
+  const long chunks = groups_of(a.w), tile = chunks * 1024, pairs = (a.end - a.begin + 2 * kTile - 1) / (2 * kTile);
+  const bool lone = a.lone();
   const long blocks = pairs == 1 ? 1 : (chunks + kWideDepth - 1) / kWideDepth, mask = pairs == 1 ? kExpandRing - 1 : -1;
-  const uint8_t* held = (const uint8_t*)w.data + a.panel * wide_panel_bytes(w);
-  const long column = a.panel * kWide, count = min_of(kWide, w.n - column);
+  const uint8_t* held = (const uint8_t*)a.w.data + a.panel * wide_panel_bytes(a.w);
   for (long block = 0; block < blocks; block++) {
     const long g = chunks * block / blocks, depth = chunks * (block + 1) / blocks - g;
     for (long pair = 0; pair < pairs; pair++) {
@@ -190,40 +188,57 @@ void wide_panel(const WideTask& a) {
       else
         (two ? add_expanded<true> : add_expanded<false>)(x, depth, a.expanded, before);
       if (lone) {
-        LS_TILE_STORE(0, a.y, 4);
-        LS_TILE_STORE(1, a.y + kTile, 4);
+        LS_TILE_STORE(0, sums, 4);
+        LS_TILE_STORE(1, sums + kTile, 4);
       } else {
         two ? store_sums<true>(sums) : store_sums<false>(sums);
-        if (block + 1 < blocks) continue;
-        turn_sums(sums, two, a.y);
       }
-      emit_rows(a.out, w.bias ? w.bias + column : nullptr, a.worker, row, height, a.first_column + column, count, a.y,
-                kWide);
+      if (block + 1 == blocks) done(row, height, sums);
     }
   }
 }
 
-inline void wide_multiply(const PackedWeight& w, const void* x, long rows, long first_column, const Output& out,
-                          int worker, int workers) {
-  const long panels = (w.n + kWide - 1) / kWide, row_blocks = (rows + kWideRows - 1) / kWideRows;
+template <class Done>
+void wide_panel(const WideTask& a, const Done& done) {
+  switch (plain_format(a.w.format)) {
+    case liushui::kInt4: return wide_panel_of<liushui::kInt4>(a, done);
+    case liushui::kInt4Min: return wide_panel_of<liushui::kInt4Min>(a, done);
+    case liushui::kInt4K: return wide_panel_of<liushui::kInt4K>(a, done);
+    case liushui::kInt6K: return wide_panel_of<liushui::kInt6K>(a, done);
+    default: return wide_panel_of<liushui::kInt8>(a, done);
+  }
+}
+
+constexpr long kWideExpanded = kWideDepth * kWideChunk, kWideSums = kWideRows * kWide * 4, kWideY = 2 * kTile * kWide * 4;
+
+// Calls each(panel, first row, row after the last) for the share of `worker`, tiles being set up.
+template <class Each>
+void wide_units(bool lone, long panels, long rows, int worker, int workers, const Each& each) {
+  const long row_blocks = (rows + kWideRows - 1) / kWideRows;
   const Share share = share_of(panels * row_blocks, worker, workers);
   if (share.begin == share.end) return;
-  constexpr long kExpanded = kWideDepth * kWideChunk, kSums = kWideRows * kWide * 4, kY = 2 * kTile * kWide * 4;
-  char* scratch = (char*)liushui::scratch(liushui::kProduct, kExpanded + kSums + kY);
-  configure_wide(wide_direct(w.k, rows) ? 1 : kTile);
+  configure_wide(lone ? 1 : kTile);
   for (long unit = share.begin; unit < share.end; unit++) {
-    const long begin = unit % row_blocks * kWideRows, end = min_of(rows, begin + kWideRows);
-    const WideTask task = {w, (const char*)x, begin, end, unit / row_blocks, first_column, out, worker, scratch,
-                           (uint32_t*)(scratch + kExpanded), (float*)(scratch + kExpanded + kSums)};
-    switch (plain_format(w.format)) {
-      case liushui::kInt4: wide_panel<liushui::kInt4>(task); break;
-      case liushui::kInt4Min: wide_panel<liushui::kInt4Min>(task); break;
-      case liushui::kInt4K: wide_panel<liushui::kInt4K>(task); break;
-      case liushui::kInt6K: wide_panel<liushui::kInt6K>(task); break;
-      default: wide_panel<liushui::kInt8>(task);
-    }
+    const long begin = unit % row_blocks * kWideRows;
+    each(unit / row_blocks, begin, min_of(rows, begin + kWideRows));
   }
   LS_TILE_RELEASE();
+}
+
+inline void wide_multiply(const PackedWeight& w, const void* x, long rows, long first_column, const Output& out,
+                          int worker, int workers) {
+  char* expanded = (char*)liushui::scratch(liushui::kProduct, kWideExpanded + kWideSums + kWideY);
+  uint32_t* first_sums = (uint32_t*)(expanded + kWideExpanded);
+  float* turned = (float*)(expanded + kWideExpanded + kWideSums);
+  const bool lone = wide_direct(w.k, rows);
+  wide_units(lone, (w.n + kWide - 1) / kWide, rows, worker, workers, [&](long panel, long begin, long end) {
+    const long column = panel * kWide, count = min_of(kWide, w.n - column);
+    wide_panel({w, (const char*)x, begin, end, panel, expanded, first_sums}, [&](long row, long height, uint32_t* sums) {
+      if (!lone) turn_sums(sums, height > kTile, turned);
+      emit_rows(out, w.bias ? w.bias + column : nullptr, worker, row, height, first_column + column, count,
+                lone ? (float*)sums : turned, kWide);
+    });
+  });
 }
 
 }  // namespace

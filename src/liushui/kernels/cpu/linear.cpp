@@ -1,6 +1,6 @@
 // The products under one interface (linear.h), and their C names, compiled once per instruction set.
 #include "amx_bf16.h"
-#include "amx_blocks.h"
+#include "amx_blocks_gated.h"
 #include "amx_gated.h"
 #include "amx_int8.h"
 #include "gemm.h"
@@ -77,7 +77,7 @@ void multiply(const PackedWeight& weight, const void* prepared, int x_type, long
 
 bool can_gate(const PackedWeight& gate_up, const PackedWeight& down, int x_type) {
 #if defined(LS_TILE_BF16)
-  return x_type == kBFloat16 && gated_fits(gate_up, down);
+  return x_type == kBFloat16 && (gated_fits(gate_up, down) || wide_gated_fits(gate_up, down));
 #else
   (void)gate_up, (void)down, (void)x_type;
   return false;
@@ -87,7 +87,8 @@ bool can_gate(const PackedWeight& gate_up, const PackedWeight& down, int x_type)
 void multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* prepared, long rows, void* inner,
                     int worker, int workers) {
 #if defined(LS_TILE_BF16)
-  bf16_multiply_gated(gate_up, down, prepared, rows, (bf16*)inner, worker, workers);
+  (is_expanded(gate_up) ? wide_multiply_gated : bf16_multiply_gated)(gate_up, down, prepared, rows, (bf16*)inner, worker,
+                                                                     workers);
 #else
   (void)gate_up, (void)down, (void)prepared, (void)rows, (void)inner, (void)worker, (void)workers;
 #endif

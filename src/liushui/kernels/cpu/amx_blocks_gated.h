@@ -1,0 +1,65 @@
+// SwiGLU's two products in one, for expanded blocks (amx_gated.h: for bfloat16). Sums are [column][row], and that is
+// how the product after it takes its rows: nothing has to be turned.
+#pragma once
+#include "amx_blocks.h"
+#include "rows.h"
+
+#if defined(LS_TILE_BF16)
+namespace {
+
+inline bool wide_gated_fits(const PackedWeight& gate_up, const PackedWeight& down) {
+  return gate_up.format > liushui::kAsBFloat16 && down.format > liushui::kAsBFloat16 && !gate_up.next && !down.next &&
+         gate_up.n == 2 * down.k && down.k % kWide == 0 && gate_up.k % kInnerGroup == 0;
+}
+
+LS_INLINE vf gated(vf gate, vf up) { return silu<bf16>(rounded<bf16>(gate)) * rounded<bf16>(up); }
+
+// 16 columns of a tile of rows, [column][row], as pairs of columns.
+inline void gate_columns(const float* gate, const float* up, const float* gate_bias, const float* up_bias, bf16* to) {
+  vw order;
+  for (int i = 0; i < 32; i++) order[i] = (uint16_t)(i % 2 * 16 + i / 2);
+  for (int c = 0; c < kTile; c += 2) {
+    vf values[2];
+    for (int i = 0; i < 2; i++) {
+      vf g = load(gate + (c + i) * kTile), u = load(up + (c + i) * kTile);
+      if (gate_bias) g = g + gate_bias[c + i], u = u + up_bias[c + i];
+      values[i] = gated(g, u);
+    }
+    const vw pairs = looked_up(words_of(values[0], values[1]), order);
+    memcpy((void*)(to + c * kTile), &pairs, 64);
+  }
+}
+
+inline void gate_lone(const float* gate, const float* up, const float* gate_bias, const float* up_bias, bf16* to) {
+  for (int c = 0; c < kWide; c += W) {
+    vf g = load(gate + c), u = load(up + c);
+    if (gate_bias) g = g + load(gate_bias + c), u = u + load(up_bias + c);
+    store(to + c, gated(g, u));
+  }
+}
+
+// The share of `worker`; inner: a lone row as it is, else prepared for `down`.
+inline void wide_multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* x, long rows,
+                                bf16* inner, int worker, int workers) {
+  char* expanded = (char*)liushui::scratch(liushui::kProduct, kWideExpanded + 2 * kWideSums);
+  uint32_t *gates = (uint32_t*)(expanded + kWideExpanded), *ups = gates + kWideSums / 4;
+  const long half = down.k / kWide, chunks = half;
+  const bool lone = wide_direct(gate_up.k, rows);
+  wide_units(lone, half, rows, worker, workers, [&](long panel, long begin, long end) {
+    const float* bias = gate_up.bias ? gate_up.bias + panel * kWide : nullptr;
+    const float* up_bias = bias ? bias + down.k : nullptr;
+    wide_panel({gate_up, (const char*)x, begin, end, panel, expanded, gates}, [](long, long, uint32_t*) {});
+    wide_panel({gate_up, (const char*)x, begin, end, panel + half, expanded, ups}, [&](long row, long height, uint32_t* sums) {
+      const float *up = (const float*)sums, *gate = (const float*)(gates + (sums - ups));
+      if (lone) return gate_lone(gate, up, bias, up_bias, inner + panel * kWide);
+      for (int t = 0; t < (height > kTile ? 4 : 2); t++) {
+        bf16* to = inner + ((row / kTile + t / 2) * chunks + panel) * 512 + t % 2 * 256;
+        const long at = t % 2 * kTile;
+        gate_columns(gate + t * 256, up + t * 256, bias ? bias + at : nullptr, bias ? up_bias + at : nullptr, to);
+      }
+    });
+  });
+}
+
+}  // namespace
+#endif
