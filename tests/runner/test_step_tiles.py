@@ -8,8 +8,9 @@ import torch
 
 from liushui.core.request import SamplingParams
 from liushui.kernels import native
+from liushui.runner.runner import Runner
 from tests.kernels import emulated
-from tests.support import tiny
+from tests.support import blocks, tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,6 +31,21 @@ def test_hidden_states_and_tokens_bit_for_bit(family: str, inner: int, threads: 
     runners = [tiny.runner(model, dtype="bfloat16", threads=threads) for _ in range(2)]
     assert runners[0].host.whole is not None
     runners[1].host.whole = None
+    compare(runners)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-bias", "qwen3"])
+def test_expanded_blocks_give_the_answers_of_bfloat16(family: str) -> None:
+    """In one call, in operations one by one, and with the weights dequantised at load."""
+    model = blocks.oracle(family, 7)
+    forms = ("native", "native", "bf16")
+    runners = [blocks.runner(model, dtype="bfloat16", weights=form, threads=2) for form in forms]
+    assert "as bfloat16" in runners[0].model.layers[0].mlp.down.packed.kind
+    runners[1].host.whole = None
+    compare(runners)
+
+
+def compare(runners: list[Runner]) -> None:
     drivers = [tiny.Driver(runner) for runner in runners]
     for driver in drivers:
         for name, length in (("a", 5), ("b", 33), ("c", 70)):
@@ -37,6 +53,7 @@ def test_hidden_states_and_tokens_bit_for_bit(family: str, inner: int, threads: 
             prompt = torch.randint(3, 200, (length,), generator=generator).tolist()
             driver.add(name, prompt, SamplingParams(temperature=0, prompt_logprobs=2))
     for share in ({"a": 5}, {"a": 1, "b": 33}, {"a": 1, "b": 1, "c": 70}, {"a": 1}):
-        mine, theirs = (driver.step(share) for driver in drivers)
-        assert mine.tokens == theirs.tokens
-        assert mine.prompt_logprobs == theirs.prompt_logprobs
+        mine, *others = (driver.step(share) for driver in drivers)
+        for theirs in others:
+            assert mine.tokens == theirs.tokens
+            assert mine.prompt_logprobs == theirs.prompt_logprobs
