@@ -12,9 +12,9 @@ from liushui.kernels.arrays import type_like, type_name
 from liushui.kernels.ops import Ops
 from liushui.kernels.quantised import Quantised
 
-FASTER_IN_BLOCKS = frozenset({"avx2"})
+FASTER_IN_BLOCKS = frozenset({"avx2", "amx expanded"})
 """Instruction sets on which the file's own blocks were measured to be faster than dequantised weights for one stream
-and for many (benchmarks/RESULTS.md). With AMX, whose bfloat16 is fast, they were for one stream alone."""
+and for many (benchmarks/RESULTS.md); with AMX where they are expanded to bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def choose(choice: WeightForm, ops: Ops, dtype: Any, checkpoint: Any, numerics: 
     held = sorted(kinds & known)
     if not kinds:
         return Form(f"weights: {type_name(dtype)}; the file has no quantised ones", dtype)
-    if able and held and (choice == "native" or isa in FASTER_IN_BLOCKS):
+    if able and held and (choice == "native" or isa + " expanded" * expand in FASTER_IN_BLOCKS):
         return _native(checkpoint, kinds, known, dtype, expand)
     if choice == "native":
         raise ParameterError(
