@@ -15,6 +15,7 @@ FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shel
 CLIENTS = {"urllib.request", "http.client", "httpx", "requests", "aiohttp", "urllib3", "websockets", "ftplib"}
 OFFLINE = ("server", "engine", "core", "runner", "models", "layers", "kernels")
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "torch.load", "torch.hub.load", "numpy.load", "np.load"}
+IMPORTERS = {"__import__", "importlib.import_module"}
 
 
 def breaches(path: Path, text: str) -> Iterator[tuple[int, str]]:
@@ -22,7 +23,9 @@ def breaches(path: Path, text: str) -> Iterator[tuple[int, str]]:
     lines = text.count("\n")
     if lines > FILE_LINES:
         yield 1, f"{lines} lines in a file (limit {FILE_LINES})"
-    for node in ast.walk(ast.parse(text, str(path))):
+    tree = ast.parse(text, str(path))
+    names = imported(tree)
+    for node in ast.walk(tree):
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
@@ -40,10 +43,30 @@ def breaches(path: Path, text: str) -> Iterator[tuple[int, str]]:
                 if forbidden(module, path):
                     yield node.lineno, f"imports {module}"
             case ast.Call():
-                if (name := ast.unparse(node.func)) in FORBIDDEN_CALLS:
+                first, *rest = ast.unparse(node.func).split(".")
+                name = ".".join([names.get(first, first), *rest]).removeprefix("builtins.")
+                if name in FORBIDDEN_CALLS:
                     yield node.lineno, f"calls {name}()"
+                if name in IMPORTERS and any(forbidden(word, path) for word in words(node)):
+                    yield node.lineno, f"imports by {name}()"
                 if any(keyword.arg == "trust_remote_code" for keyword in node.keywords):
                     yield node.lineno, "passes trust_remote_code"
+
+
+def imported(tree: ast.AST) -> dict[str, str]:
+    """What a file calls things by -> their whole names."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            found |= {alias.asname: module + alias.name for alias in node.names if alias.asname}
+            found |= {alias.name: module + alias.name for alias in node.names if module and not alias.asname}
+    return found
+
+
+def words(call: ast.Call) -> list[str]:
+    """The arguments of a call that are texts."""
+    return [item.value for item in call.args if isinstance(item, ast.Constant) and isinstance(item.value, str)]
 
 
 def forbidden(module: str, path: Path) -> bool:

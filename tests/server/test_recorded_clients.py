@@ -1,4 +1,4 @@
-"""What clients that are not installed here send, as their sources write it: Open WebUI, GuideLLM, an older lm-eval."""
+"""What clients that are not installed here send: Open WebUI and GuideLLM (recorded at 0.8.1), an older lm-eval."""
 
 import json
 from collections.abc import Iterator

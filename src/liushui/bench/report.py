@@ -157,6 +157,7 @@ def plot(report: Report, path: Path) -> None:
         if values:
             axis.ecdf(values)
         axis.set(xlabel=title, ylabel="share of samples")
+        axis.locator_params(axis="x", nbins=6)
     figure.suptitle(f"{report.settings.get('model')} at {report.settings.get('rate')} requests/s")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -61,7 +61,8 @@ class House:
             raise ApiError(404, "model_not_found", message, param="model")
 
     def check_room(self, visit: Visit) -> None:
-        """Before the body is read. Raises `ApiError` 503."""
+        """Before the body is read. Raises `ApiError` 503, and 429 for a quota that is used up."""
+        self.keys.quota(visit.key).check()
         with refusals(visit, {}):
             self.engine.check_room()
 

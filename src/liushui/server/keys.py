@@ -59,10 +59,11 @@ class Bucket:
         self._refill()
         self._left -= amount
 
-    def wait(self) -> float:
-        """Seconds until there is something left; 0 if there is now."""
+    def wait(self, amount: float = 0.0) -> float:
+        """Seconds until there is `amount` left, or anything at all; 0 if there is now."""
         self._refill()
-        return 0.0 if self._left > 0 else (1 - self._left) / self._rate
+        enough = self._left > 0 and self._left >= amount - 1e-9
+        return 0.0 if enough else (max(amount, 1.0) - self._left) / self._rate
 
     def _refill(self) -> None:
         now = self._clock()
@@ -79,17 +80,21 @@ class Quota:
         self._requests = Bucket(key.requests_per_minute, clock) if key.requests_per_minute else None
         self._tokens = Bucket(key.tokens_per_minute, clock) if key.tokens_per_minute else None
 
-    def enter(self) -> None:
-        """Count a request in, or raise `ApiError` 429. Whoever entered leaves by `leave`."""
+    def check(self) -> None:
+        """Raises `ApiError` 429 if a request would be one too many now."""
         most = self._key.max_requests
         if most is not None and self._unfinished >= most:
             raise _exceeded("max_requests", f"{most} unfinished requests at once", 1.0)
-        for bucket, name, limit in (
-            (self._requests, "requests_per_minute", self._key.requests_per_minute),
-            (self._tokens, "tokens_per_minute", self._key.tokens_per_minute),
+        for bucket, name, limit, amount in (
+            (self._requests, "requests_per_minute", self._key.requests_per_minute, 1.0),
+            (self._tokens, "tokens_per_minute", self._key.tokens_per_minute, 0.0),  # how many is known afterwards
         ):
-            if bucket is not None and (wait := bucket.wait()) > 0:
+            if bucket is not None and (wait := bucket.wait(amount)) > 0:
                 raise _exceeded(name, f"{limit} {name.replace('_', ' ')}", wait)
+
+    def enter(self) -> None:
+        """Count a request in, or raise `ApiError` 429. Whoever entered leaves by `leave`."""
+        self.check()
         if self._requests is not None:
             self._requests.take(1)
         self._unfinished += 1
