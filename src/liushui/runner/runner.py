@@ -161,6 +161,8 @@ class Runner:
             runner.host.prepare(ops, config.step_tokens, config.seats)
         if rehearsal is not None:
             runner.notes.append(rehearsal.finish())
+        if runner.steps is not None:
+            runner.notes += runner.steps.settle()
         return runner
 
     @property
