@@ -19,7 +19,7 @@ _MAX_LAYER_BYTES = 2**28
 
 
 class OneRow:
-    """`run` is None where steps of one row go kernel by kernel; `note` says why, or that they do not."""
+    """A `fused.Whole`. `decoder` is None where steps of one row go kernel by kernel; `note` says why."""
 
     def __init__(self, model: Any, ops: Any, kv: KVCache, width: int) -> None:
         """`width`: most blocks of a sequence."""
