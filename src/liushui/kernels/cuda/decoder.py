@@ -62,7 +62,7 @@ class Shape:
         return {
             "HIDDEN": self.hidden, "INNER": self.inner, "HEADS": self.heads, "KV_HEADS": self.kv_heads,
             "DIM": self.dim, "ROWS": self.rows, "QK_NORM": int(self.qk_norm), "LAYERS": self.layers,
-            "BLOCK": self.block, "SLOTS": self.slots(), "GUARD": 1, **self.ways,
+            "BLOCK": self.block, "SLOTS": self.slots(), "GUARD": 1, "HINT": 1, **self.ways,
         }  # fmt: skip
 
 
