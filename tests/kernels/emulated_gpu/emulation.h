@@ -187,7 +187,7 @@ static inline void look(u64 (&x)[2], const u64* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) abort();
   x[0] = p[0], x[1] = p[1];
 }
-template <class Ready> static inline void spin(Ready ready, u32 = 0, u32 = 0) { wait_until(ready); }
+template <class Ready> static inline void spin(Ready ready, u32, u32) { wait_until(ready); }
 
 struct Barrier { u8 phase, arrivals; int16_t pending; int32_t bytes; };
 static_assert(sizeof(Barrier) == 8, "as large as the GPU's");
@@ -225,7 +225,7 @@ static inline void box_copy(u32 target, const TensorMap* map, int column, int ro
   barrier_at(at).bytes -= map->box * 128;
   settle(barrier_at(at));
 }
-static inline void fence_async() {}
+static inline void rest() {}
 static inline void load_transposed(u32 (&r)[4], u32 address) {
   if (address % 16) abort();
   u32* got = together(&address, 1, [](u32(*in)[12], u32(*out)[4]) {
@@ -237,31 +237,7 @@ static inline void load_transposed(u32 (&r)[4], u32 address) {
   });
   memcpy(r, got, 16);
 }
-static inline u32 chain_input(u32 address, u32 stride) { return address / 16 | stride / 16 << 16; }
 static inline int warp_index() { return self->thread / 32; }
-static inline void chain_begin() {}
-static inline void chain_end() {}
-template <int LEFT> static inline void chain_wait(float (&)[4]) {}
-// A warp's 16 of the 64 rows.
-static inline void chain(float (&c)[4], const u32 (&a)[4], u32 input) {
-  u32 words[10] = {a[0], a[1], a[2], a[3]};
-  for (int i = 0; i < 4; i++) words[4 + i] = __float_as_uint(c[i]);
-  words[8] = (input & 0x3FFF) * 16, words[9] = (input >> 16) * 16;
-  u32* got = together(words, 10, [](u32(*in)[12], u32(*out)[4]) {
-    const auto half = [](u32 x, int i) { return __uint_as_float(i ? x & 0xFFFF0000u : x << 16); };
-    for (int lane = 0; lane < 32; lane++)
-      for (int i = 0; i < 4; i++) {
-        const int row = lane / 4, token = lane % 4 * 2 + i % 2;  // and i / 2: the upper rows
-        float sum = __uint_as_float(in[lane][4 + i]);
-        for (int k = 0; k < 16; k++) {
-          const u16 x = read<u16>(shared_memory() + in[0][8] + k / 8 * in[0][9] + token * 16 + k % 8 * 2);
-          sum += half(in[row * 4 + k % 8 / 2][k / 8 * 2 + i / 2], k % 2) * __uint_as_float(static_cast<u32>(x) << 16);
-        }
-        out[lane][i] = __float_as_uint(sum);
-      }
-  });
-  for (int i = 0; i < 4; i++) c[i] = __uint_as_float(got[i]);
-}
 static inline void load_matrices(u32 (&r)[4], u32 address) {
   if (address % 16) abort();
   u32* got = together(&address, 1, [](u32(*in)[12], u32(*out)[4]) {

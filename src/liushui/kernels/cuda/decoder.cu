@@ -11,10 +11,7 @@
 // liushui, and norms and attention follow the Triton kernels operation by operation: the bits are theirs.
 //
 // Compile-time: HIDDEN, INNER, HEADS, KV_HEADS, DIM, LAYERS, BLOCK (tokens in a block of the cache), ROWS (sequences, 1
-// to 8), SLOTS (of the ring), QK_NORM. Ways to do it, each 0 unless set:
-//   CHAIN     0: mma.sync m16n8k16, weights on the short side; 1: wgmma m64n8k16, weights from registers on the long side
-//   HINT      1: weights are evicted first from the second-level cache
-//   NAP       nanoseconds between two looks at the mail
+// to 8), SLOTS (of the ring), QK_NORM. And, 0 unless set:
 //   GUARD     1: a wait of seconds ends in an error
 //   TRACE     1: clock of each part of layer 5
 

@@ -1,8 +1,8 @@
 """All layers of a decoder in one launch, for one new token of each of a few sequences (`decoder.cu`)."""
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -36,8 +36,6 @@ class Shape:
     layers: int
     block: int
     """Tokens in a block of the cache."""
-    ways: Mapping[str, int] = field(default_factory=dict)
-    """Macros of decoder.cu that choose how it is done."""
 
     def slots(self) -> int:
         """Places of the ring of weight tiles: what shared memory has beside the input of a product."""
@@ -62,7 +60,7 @@ class Shape:
         return {
             "HIDDEN": self.hidden, "INNER": self.inner, "HEADS": self.heads, "KV_HEADS": self.kv_heads,
             "DIM": self.dim, "ROWS": self.rows, "QK_NORM": int(self.qk_norm), "LAYERS": self.layers,
-            "BLOCK": self.block, "SLOTS": self.slots(), "GUARD": 1, "HINT": 1, **self.ways,
+            "BLOCK": self.block, "SLOTS": self.slots(), "GUARD": 1,
         }  # fmt: skip
 
 

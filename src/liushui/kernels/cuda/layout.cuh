@@ -2,12 +2,6 @@
 #pragma once
 #include "exact.cuh"
 
-#ifndef CHAIN
-#define CHAIN 0
-#endif
-#ifndef NAP
-#define NAP 0
-#endif
 #ifndef TRACE
 #define TRACE 0
 #endif

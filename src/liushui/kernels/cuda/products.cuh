@@ -4,13 +4,8 @@
 
 // Where a product's input lies in `work`: column c (a multiple of 8) of row r.
 template <int COLUMNS> DEVICE int input_at(int r, int c) {
-  return CHAIN == 1 ? (c / 8 * ROWS + r) * 16 + c % 8 * 2 : (r * (COLUMNS + 8) + c) * 2;
+  return (r * (COLUMNS + 8) + c) * 2;
 }
-DEVICE void input_done() {
-  if (CHAIN == 1) fence_async();
-  sync();
-}
-
 // PARTS tiles of 8 weight rows against all rows of the input; `end(token, column, values)` gets each part's values of
 // `column` and the next. `start(token, column)` is called before the sum, its result handed to `end`. The first tile is
 // tenant `taken` of the ring; returns who follows the last.
@@ -25,7 +20,6 @@ DEVICE Place product(Shared& s, Place taken, int rows, Start start, End end) {
     at[0] = taken.on(warp * PARTS);
     if (PARTS == 2) at[PARTS - 1] = at[0].on(1);
     taken = taken.far_on(here * PIECES * PARTS);
-#if CHAIN == 0
     if (warp >= here) continue;
     constexpr int STEPS = PIECE / 32, EARLY = 4;
     const int row = lane % 8, offset = row * ROW_BYTES + lane / 8 * 16;
@@ -81,68 +75,6 @@ DEVICE Place product(Shared& s, Place taken, int rows, Start start, End end) {
       for (int part = 0; part < PARTS; part++) values[part][0] = c[part][0], values[part][1] = c[part][1];
       end(g, column + 2 * t, values, old);
     }
-#else
-    if (warp / 4 * 4 >= here) continue;  // four warps multiply together, if only one of them has a tile
-    constexpr int DEEP = 8, GROUPS = PIECE / 16 / DEEP, TOKENS = ROWS > 1 ? 2 : 1;
-    const bool real = warp < here;
-    const int offset = lane % 8 * ROW_BYTES + lane / 16 * 16;
-    const bool second = PARTS == 2 && lane / 8 % 2;  // rows 8 to 15 of a warp: the second part, or the first once more
-    u32 old[TOKENS] = {};
-#pragma unroll
-    for (int j = 0; j < TOKENS; j++)
-      if (real && g % 2 == 0 && 2 * t + j < ROWS) old[j] = start(2 * t + j, column + g);
-    float c[4] = {};
-    u32 a[2][DEEP][4] = {}, tile = 0, next = 0;
-    u32 x = chain_input(shared_address(s.work), ROWS * 16);
-    const auto both = [&](u32 ahead) {
-      u32 found = await_slot(s, at[0].on(ahead));
-      if (PARTS == 2) {
-        const u32 other = await_slot(s, at[PARTS - 1].on(ahead));
-        found = second ? other : found;
-      }
-      return found + offset;
-    };
-    if (real) {
-      next = both(0);
-#pragma unroll
-      for (int j = 0; j < DEEP; j++) load_matrices(a[0][j], next + j * 32);
-    }
-#pragma unroll 1
-    for (int piece = 0; piece < PIECES; piece++) {
-      tile = next;
-#pragma unroll
-      for (int i = 0; i < GROUPS; i++) {
-        chain_begin();
-#pragma unroll
-        for (int j = 0; j < DEEP; j++) chain(c, a[i % 2][j], x + (i * DEEP + j) * 2 * ROWS);
-        chain_end();
-        if (real && i == GROUPS - 1) {
-          if (piece + 1 < PIECES) next = both(here * PARTS);
-        }
-        chain_wait<1>(c);  // the group before is done: its registers are free
-        if (real && (i < GROUPS - 1 || piece + 1 < PIECES))
-#pragma unroll
-          for (int j = 0; j < DEEP; j++)
-            load_matrices(a[(i + 1) % 2][j], i < GROUPS - 1 ? tile + ((i + 1) * DEEP + j) * 32 : next + j * 32);
-      }
-      x += PIECE / 16 * 2 * ROWS;
-#pragma unroll
-      for (int part = 0; part < PARTS; part++) {
-        if (real) release_slot(s, at[part], WARPS);
-        at[part] = at[part].on(here * PARTS);
-      }
-    }
-    chain_wait<0>(c);
-    if (!real) continue;
-#pragma unroll
-    for (int j = 0; j < TOKENS; j++) {
-      float values[PARTS][2];
-#pragma unroll
-      for (int part = 0; part < PARTS; part++)
-        values[part][0] = c[2 * part + j], values[part][1] = __shfl_xor_sync(0xFFFFFFFFu, c[2 * part + j], 4);
-      if (g % 2 == 0 && 2 * t + j < ROWS) end(2 * t + j, column + g, values, old[j]);
-    }
-#endif
   }
   return taken;
 }
@@ -161,9 +93,7 @@ template <int COUNT> DEVICE void receive(u32 (&words)[COUNT][2], const u64* at, 
         words[i][j] = static_cast<u32>(raw[i][j]);
         there &= static_cast<u32>(raw[i][j] >> 32) == tag;
       }
-#if NAP
-    if (!there) __nanosleep(NAP);
-#endif
+    if (!there) rest();
     return there;
   }, 5, tag);
 }
@@ -193,7 +123,7 @@ template <int COLUMNS> DEVICE void take(Shared& s, const u64* mail, u32 tag) {
             make_uint2(words[0][0], words[0][1]);
     }
   }
-  input_done();
+  sync();
 }
 
 // The input of a product: the residual stream, RMS-normed. Its weight is asked for long before.
@@ -272,6 +202,6 @@ struct Norm {
           *reinterpret_cast<uint2*>(s.work + input_at<HIDDEN>(r, place(i) * 4 / 8 * 8) + threadIdx.x % 2 * 8) = make_uint2(y[0], y[1]);
       }
     }
-    input_done();
+    sync();
   }
 };

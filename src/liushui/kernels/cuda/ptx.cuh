@@ -87,16 +87,6 @@ DEVICE u32 fresh32(const void* p) {
   asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
-DEVICE uint4 fresh128(const void* p) {
-  uint4 x;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p) : "memory");
-  return x;
-}
-DEVICE u16 fresh16(const void* p) {
-  u16 x;
-  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(p) : "memory");
-  return x;
-}
 // Never written in this launch; volatile so that it is asked for where the source says.
 DEVICE u32 constant32(const void* p) {
   u32 x;
@@ -126,6 +116,9 @@ DEVICE void look(u64& x, const u64* p) {
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
 }
 
+// Between two looks: those who wait should not hold up the words they wait for.
+DEVICE void rest() { __nanosleep(100); }
+
 DEVICE void ring_init(u32 barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -142,19 +135,13 @@ DEVICE void ring_release(u32 barrier, u32 count) {
 DEVICE void ring_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// HINT: weights pass the second-level cache once and should not drive out what the blocks hand to one another.
+// Weights pass the second-level cache once and should not drive out what the blocks hand to one another.
 DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
-#if HINT
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(target),
       "l"(source), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
-#else
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-      "l"(source), "r"(bytes), "r"(barrier) : "memory");
-#endif
 }
 struct alignas(64) TensorMap { u8 bytes[128]; };
 // A box of 64 columns, its 16-byte pieces swizzled by the address bits 7 to 9.
@@ -163,8 +150,6 @@ DEVICE void box_copy(u32 target, const TensorMap* map, int column, int row, u32 
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
       "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
-// Between ordinary stores to shared memory and what the copy engine or wgmma does there next.
-DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // -- the matrix unit
 
@@ -183,22 +168,6 @@ DEVICE void multiply(float (&c)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
 DEVICE void load_transposed(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
-// wgmma: c [64, 8] += a [64, 16] (registers; a warp has 16 rows) x b [16, 8] (shared memory: two pieces of 16 bytes a
-// token, `stride` bytes apart, tokens 16 bytes apart; tokens that do not exist are whatever lies there).
-DEVICE void chain_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// The changing half of the descriptor; the other says 128 bytes between groups of 8 tokens, of which there is one.
-DEVICE u32 chain_input(u32 address, u32 stride) { return (address & 0x3FFFF) >> 4 | stride >> 4 << 16; }
-DEVICE void chain(float (&c)[4], const u32 (&a)[4], u32 input) {
-  asm volatile(
-      "{\n.reg .pred p;\n.reg .b32 h;\n.reg .b64 d;\nsetp.ne.b32 p, 1, 0;\nmov.b32 h, 8;\nmov.b64 d, {%8, h};\n"
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, {%4, %5, %6, %7}, d, p, 1, 1, 0;\n}"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(input));
-}
-DEVICE void chain_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT> DEVICE void chain_wait(float (&c)[4]) {
-  asm volatile("wgmma.wait_group.sync.aligned %4;" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "n"(LEFT) : "memory");
 }
 
 // `threads` threads of a block, a multiple of 32.
