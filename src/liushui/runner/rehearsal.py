@@ -176,6 +176,7 @@ class Rehearsal:
             return
         with Compilers(self._device) as pool:
             pool.submit(partial(wake_vendor, self._device, self._dtype))
+            pool.submit(steps.one_row.prepare)
             with triton.AsyncCompileMode(pool):
                 self._play(steps)
 

@@ -29,19 +29,20 @@ inline void bf16_multiply_gated(const PackedWeight& gate_up, const PackedWeight&
                                 bf16* inner, int worker, int workers) {
   const TileInput input = {(const char*)x, bf16_direct(gate_up.k, liushui::kBFloat16, rows), rows, gate_up.k};
   const bool direct = bf16_direct(down.k, liushui::kBFloat16, rows);
-  const PackedPanels panels = {gate_up};
-  const long half = down.k, half_panels = half / kPairColumns, size = kBlockPairs * kPairRows * kPairColumns;
-  float* gates = (float*)liushui::scratch(liushui::kProduct, (size_t)(2 * size) * sizeof(float));
+  const long half = down.k, half_panels = half / kPairColumns, size = (kBlockPairs + 1) * kPairRows * kPairColumns;
+  float* gates = (float*)liushui::scratch(liushui::kProduct, (size_t)size * sizeof(float));
+  float* ups = gates + kBlockPairs * kPairRows * kPairColumns;
   tile_units(input, half_panels, worker, workers, [&](long panel, long begin, long end) {
     const long column = panel * kPairColumns;
-    tile_panel(input, begin, end, panel, panels, gates, [](long, long, const float*) {});
+    tile_panel(input, begin, end, bf16_panel(gate_up, panel), gates, kPairRows * kPairColumns,
+               [](long, long, const float*) {});
     const float* bias = gate_up.bias ? gate_up.bias + column : nullptr;
     const auto finish = [&](long row, long height, const float* up) {
       bf16* to = direct ? inner + row * half + column : bf16_place(inner, half, row) + panel * (kPairBytes / 2);
       gate_rows(gates + (row - begin * kPairRows) * kPairColumns, up, bias, bias ? bias + half : nullptr, height, to,
                 direct ? half : kInnerGroup, direct ? kTile * half : kTileBytes / 2);
     };
-    tile_panel(input, begin, end, panel + half_panels, panels, gates + size, finish);
+    tile_panel(input, begin, end, bf16_panel(gate_up, panel + half_panels), ups, 0, finish);
   });
 }
 

@@ -25,7 +25,11 @@ using liushui::StepBatch;
 using liushui::StepLayer;
 using liushui::StepModel;
 
-constexpr long kStepRows = 256;  // rows of a block
+#if defined(LS_TILE_BF16)
+constexpr long kStepRows = 512;  // rows of a block: each reads the weights from memory
+#else
+constexpr long kStepRows = 256;
+#endif
 constexpr long kFewRows = 16;    // up to here a product is the reading of its weight: long pieces
 constexpr int kShares = 8;       // of a worker in a product of more rows
 
