@@ -46,6 +46,14 @@ void prepare_rows(const PackedWeight& w, const void* x, int x_type, long begin, 
 #endif
 }
 
+long rows_together(const PackedWeight& w, long rows) {
+#if defined(LS_TILE_BF16)
+  if (is_expanded(w) && rows >= 2 * kTile) return kTile;
+#endif
+  (void)w, (void)rows;
+  return 1;
+}
+
 void multiply(const PackedWeight& weight, const void* prepared, int x_type, long rows, const Output& out, int worker,
               int workers) {
   long column = 0;

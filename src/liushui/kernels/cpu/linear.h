@@ -67,6 +67,9 @@ size_t prepared_bytes(const PackedWeight& weight, int x_type, long rows);
 // aligned). The result serves every weight of the same k and the same kind (integers; bfloat16).
 void prepare_rows(const PackedWeight& weight, const void* x, int x_type, long row_begin, long row_end, void* prepared);
 
+// How many of `rows` rows, from a multiple of that number on, are best prepared in one call.
+long rows_together(const PackedWeight& weight, long rows);
+
 // The share of `worker` (0 .. workers - 1) in y, for rows [0, rows) of `prepared` (or of x, where nothing had to be
 // prepared). Uses scratch memory kProduct. Shares do not overlap and together are everything.
 void multiply(const PackedWeight& weight, const void* prepared, int x_type, long rows, const Output& out, int worker,

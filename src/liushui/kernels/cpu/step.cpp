@@ -165,10 +165,13 @@ const void* product_input(Step<T>& step, const PackedWeight& weight, long rows, 
     w.did(part);
     return prepares ? own_prepared : (const void*)row;
   }
-  const Deal mine = deal(rows, w);
-  for (long row = mine.begin; row < mine.end; row++) {
-    const T* values = make(row, prepares ? own : made + row * weight.k);
-    if (prepares) prepare_rows(weight, values, type, row, row + 1, step.s.prepared);
+  const long together = prepares ? rows_together(weight, rows) : 1;
+  const Deal mine = deal((rows + together - 1) / together, w);
+  for (long begin = mine.begin * together; begin < min_of(rows, mine.end * together); begin += together) {
+    const long end = min_of(rows, begin + together);
+    const T* values = make(begin, prepares && together == 1 ? own : made + begin * weight.k);
+    for (long row = begin + 1; row < end; row++) make(row, made + row * weight.k);
+    if (prepares) prepare_rows(weight, values, type, begin, end, step.s.prepared);
   }
   w.did(part);
   w.meet(part);
