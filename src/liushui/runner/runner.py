@@ -160,7 +160,7 @@ class Runner:
         else:
             runner.host.prepare(ops, config.step_tokens, config.seats)
         if rehearsal is not None:
-            runner.notes.append(rehearsal.finish())
+            runner.notes.append(rehearsal.first())
         return runner
 
     @property

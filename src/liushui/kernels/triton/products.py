@@ -2,20 +2,18 @@
 
 Measured on Hopper: with one fp32 accumulator the order of the sum over K decides the bits, tile shapes do not, and
 cuBLAS keeps the plain order except where it splits K itself. So the vendor's product serves where a certificate, taken
-on this machine on sums that cancel (`linear.cancelling`), shows equal bits, and the kernel below where not. A
-certificate is taken at the first use of a weight shape with a row count, and only for the row counts of `BUCKETS`;
-others go to the own kernel.
+on this machine on sums that cancel, shows equal bits (`vendor`), and the kernel below where not. A certificate is taken
+at the first use of a weight shape with a row count, and only for the row counts of `BUCKETS`; others go to the own
+kernel.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from liushui.kernels.linear import cancelling
 from liushui.kernels.triton.common import Kernel, begin, options, row_scale
 from liushui.kernels.triton.rows import silu
 
@@ -182,49 +180,6 @@ def own_is_faster(rows: int, outputs: int, k: int) -> bool:
     return rows <= 32 or (rows <= 64 and (outputs >= 20_000 or outputs * k < 2**24))
 
 
-@dataclass(slots=True)
-class Certificate:
-    """Which row counts of one weight shape the vendor's product serves in the own kernel's order."""
-
-    verdicts: dict[int, bool] = field(default_factory=dict)
-
-    def allows(self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-        if rows not in self.verdicts:
-            self.verdicts[rows] = rows in _BUCKETS and _keeps_order(rows, weight, bias)
-        return self.verdicts[rows]
-
-    def describe(self) -> str:
-        """Row counts seen, as "vendor 1-8, 256; own 16-192"."""
-        groups = {
-            name: [rows for rows, verdict in sorted(self.verdicts.items()) if verdict is kept]
-            for name, kept in (("vendor", True), ("own", False))
-        }
-        return "; ".join(f"{name} {', '.join(map(str, rows))}" for name, rows in groups.items() if rows)
-
-
-_BUCKETS = frozenset(BUCKETS)
-_SAMPLE_ROWS = 256
-_TRIAL_ROWS = 64
-"""Different rows in a trial; larger ones repeat them."""
-
-
-def _keeps_order(rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Compare sums that cancel, bit for bit: of all rows where there are few, of the first and last where many.
-
-    Where there is no memory for the trial, the own kernel serves.
-    """
-    try:
-        few, weight, bias = cancelling(min(rows, _TRIAL_ROWS), weight, bias)
-        x = few.repeat(-(-rows // _TRIAL_ROWS), 1)[:rows].contiguous()
-        got = F.linear(x, weight, bias)
-    except torch.OutOfMemoryError:
-        return False
-    for part in {0, max(0, rows - _SAMPLE_ROWS)}:
-        piece = slice(part, part + _SAMPLE_ROWS)
-        if not torch.equal(got[piece], product(x[piece], weight, bias, False, _reference(weight))):
-            return False
-    return True
-
-
-def _reference(weight: torch.Tensor) -> Tiles | None:
+def reference_tiles(weight: torch.Tensor) -> Tiles | None:
+    """Of the launch whose bits are the measure."""
     return None if weight.dtype == torch.float32 else REFERENCE
