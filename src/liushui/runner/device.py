@@ -15,6 +15,7 @@ import torch
 
 from liushui.core.plan import PlanItem, StepPlan, StepResult, TokenLogprobs
 from liushui.kernels.triton import products, sampling
+from liushui.kernels.triton.common import Kernel
 from liushui.kernels.triton.ops import TritonOps
 from liushui.layers.batch import KVCache
 from liushui.layers.experts import Experts
@@ -28,7 +29,7 @@ NOT_FINITE = "the model gave logits that are not finite (NaN or infinity)"
 MAX_GRAPHS = 256
 GRAPH_ROWS = 1024
 """Most rows of a step that is captured."""
-_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 """Padded numbers of sequences of a step that also feeds prompts."""
 _PROMPT_ROWS = 64
 """Rows whose prompt log-probabilities are made at once."""
@@ -185,6 +186,8 @@ class DeviceSteps:
             graph.replay()
             return out
         out = self.compute(shape)
+        if Kernel.coming:  # a kernel may be standing in for one that is still being compiled
+            return out
         if shape in self._seen and len(self.graphs) < MAX_GRAPHS and self.graph_failure is None:
             self._capture(shape)
         if self.device.type == "cuda" and shape.rows <= GRAPH_ROWS:
@@ -206,6 +209,8 @@ class DeviceSteps:
                     graph.capture_end()
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()  # for the next time
+            if not self.graphs:  # a pool ends with its last graph
+                self._pool = torch.cuda.graph_pool_handle()
             return
         except RuntimeError as error:
             self.graph_failure = str(error).splitlines()[0]

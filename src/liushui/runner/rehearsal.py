@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -108,14 +109,10 @@ def innermost(attention: Any) -> Any:
 
 
 def shapes(largest: StepShape) -> list[StepShape]:
-    """Steps as they come after a start: one sequence's prompt and decoding, other prompts, several sequences."""
+    """Steps as they come after a start: a sequence's prompt, then decoding; other prompts; several sequences."""
     width = min(largest.width, 128)
     prompts = [StepShape(rows, 1, width, False) for rows in (256, 1, 64, 32, 16) if rows <= largest.rows]
     return prompts + [StepShape(count, count, width, False) for count in (16, 64, 256) if count <= largest.sequences]
-
-
-FIRST = 2
-"""Of `shapes`: those without which nothing can be answered."""
 
 
 class Compilers(ThreadPoolExecutor):
@@ -145,6 +142,14 @@ def wake_vendor(device: torch.device, dtype: torch.dtype) -> None:
     torch.equal(torch.nn.functional.linear(x, weight), x)
 
 
+def compilers_key() -> None:
+    """Triton tells its own versions apart by a hash of its whole library, once a process: half a second and more."""
+    with suppress(ImportError):  # a matter of speed alone
+        from triton.runtime.cache import triton_key
+
+        triton_key()
+
+
 class Rehearsal:
     """Compiles in the background from its creation on; `first` waits for what one sequence needs, `finish` for all."""
 
@@ -158,6 +163,8 @@ class Rehearsal:
         longest: int,
     ) -> None:
         """`longest`: positions of a sequence."""
+        self._key = threading.Thread(target=compilers_key, name="liushui-compiler-key", daemon=True)
+        self._key.start()
         self._checkpoint, self._sizes, self._longest = checkpoint, sizes, longest
         self._dtype, self._device = dtype, device
         self._numerics, self._block_size = config.numerics, config.block_size or GPU_BLOCK_SIZE
@@ -196,15 +203,23 @@ class Rehearsal:
             self._play(steps, shapes(self._largest))
             self._say()
             return
+        self._key.join()
         with Compilers(self._device) as pool:
             pool.submit(partial(wake_vendor, self._device, self._dtype))
             with triton.AsyncCompileMode(pool):
-                known = shapes(self._largest)
+                known, ops = shapes(self._largest), steps.ops
+                roles, ops._prefill = (
+                    ops._prefill,
+                    None,
+                )  # the plain kernel, which takes less to compile, serves at first
                 self._attend(steps, known[0])
-                self._play(steps, known[:FIRST])
+                self._play(steps, known[:1])
                 needed = list(pool.futures)
-                self._play(steps, known[FIRST:])
-                steps.ops.refused = True  # type: ignore[attr-defined]
+                self._play(steps, known[1:2])
+                ops._prefill = roles
+                self._attend(steps, known[0])
+                self._play(steps, known[1:])
+                ops.refused = True  # type: ignore[attr-defined]
                 self._play(steps, known[:1])
                 wait(needed)
                 self._say()

@@ -36,6 +36,10 @@ class Kernel:
     def __init__(self, function: Any) -> None:
         self.function = function
 
+    def ready(self, **constants: Any) -> bool:
+        """Whether a launch would not have to wait for a compilation under way."""
+        return all(kernel.future.done() for kernel in self.coming.get((id(self), *constants.items()), ()))
+
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def launch(*arguments: Any, **constants: Any) -> Any:
             if arguments[0].is_meta:

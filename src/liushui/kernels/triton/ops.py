@@ -60,9 +60,9 @@ class TritonOps:
             attention.decode(shape, *batch, self._arrived, self.chained)
             if qkv.shape[0] == seq_lens.shape[0]:  # every sequence feeds one token
                 return out
-            if self._prefill is not None and self._prefill.serves(shape, qkv.dtype, window):
-                self._prefill.prefill(shape, *batch[:-1], self.chained)
-            else:
+            roles = self._prefill
+            served = roles is not None and roles.serves(shape, qkv.dtype, window)
+            if not served or not roles.prefill(shape, *batch[:-1], self.chained):  # False: still to be compiled
                 attention.chunks(shape, *batch, self.chained)
         return out
 
@@ -86,7 +86,7 @@ class TritonOps:
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
         weight, rows = packed.data, x.shape[0]
         if not products.own_is_faster(rows, *weight.shape):
-            vendors = self.certificate(weight, bias).product(rows, weight, bias)
+            vendors = self.certificate(weight, bias).product(rows, weight, bias, self.chained)
             if vendors is not None:
                 return vendors(x, weight, bias)
         return products.product(x, weight, bias, self.chained)

@@ -26,8 +26,8 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tens
 
 OFFERS = 8
 """Algorithms asked for; cuBLASLt sorts them by its own estimate."""
-TRIED_ROWS = 16384
-"""Most rows for which algorithms are tried beside the first choice."""
+TRIED_OUTPUTS = 2**16
+"""Products of more outputs, the heads, run once a step and take the time of their weights: the first choice serves."""
 WORTH = 0.97
 """The share of the first choice's time below which another algorithm is taken."""
 _TRIAL_ROWS = 64
@@ -143,10 +143,12 @@ class Certificate:
     choices: dict[int, Product | None] = field(default_factory=dict)
     """None: by the own kernel."""
 
-    def product(self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
+    def product(
+        self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None, chained: bool = False
+    ) -> Product | None:
         """The vendor's product that serves, chosen at the first use of a row count of `products.BUCKETS`."""
         if rows not in self.choices:
-            self.choices[rows] = choose(rows, weight, bias) if rows in _BUCKETS else None
+            self.choices[rows] = choose(rows, weight, bias, chained) if rows in _BUCKETS else None
         return self.choices[rows]
 
     def describe(self) -> str:
@@ -166,10 +168,20 @@ def _kind(choice: Product | None) -> str:
     return "own" if choice is None else "vendor"
 
 
-def choose(rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
-    """The fastest of the vendor's products that keep the order of sums; None where none does.
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The own kernel as a candidate."""
 
-    Where there is no memory for the trial, the own kernel serves.
+    chained: bool
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return products.product(x, weight, bias, self.chained)
+
+
+def choose(rows: int, weight: torch.Tensor, bias: torch.Tensor | None, chained: bool = False) -> Product | None:
+    """The fastest of the vendor's products that keep the order of sums; None where the own kernel is to serve.
+
+    Also where there is no memory for the trial.
     """
     try:
         few, weight, bias = cancelling(min(rows, _TRIAL_ROWS), weight, bias)
@@ -188,38 +200,39 @@ def choose(rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> Produc
                 return False
             return all(torch.equal(got[part], expected) for part, expected in wanted)
 
-        candidates: list[Product] = [F.linear, *_algorithms(rows, weight, bias)]
-        kept = [candidate for candidate in candidates if keeps_order(candidate)]
-        return _fastest(kept, x, weight, bias) if len(kept) > 1 else next(iter(kept), None)
+        others = [candidate for candidate in _algorithms(rows, weight, bias) if keeps_order(candidate)]
+        first: Product = F.linear if keeps_order(F.linear) else Own(chained)
+        chosen = _fastest([first, *others], x, weight, bias) if others else first
+        return None if isinstance(chosen, Own) else chosen
     except torch.OutOfMemoryError:
         return None
 
 
 def _algorithms(rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> list[Algorithm]:
     """What the vendor offers beside its first choice."""
-    n, k = weight.shape
-    if weight.device.type != "cuda" or bias is not None or weight.dtype not in _TYPES or n % 8 or k % 8:
+    (n, k), dtype = weight.shape, weight.dtype
+    if weight.device.type != "cuda" or bias is not None or dtype not in _TYPES or n % 8 or k % 8 or n > TRIED_OUTPUTS:
         return []
-    found = library(torch.cuda.current_device()) if 1 < rows <= TRIED_ROWS else None
+    found = library(torch.cuda.current_device())
     return found.offers(rows, weight) if found is not None else []
 
 
-def _fastest(kept: list[Product], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-    """The fastest on the device; the first choice, if it is among them, unless another gains something."""
+def _fastest(candidates: list[Product], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    """The fastest on the device; the first, unless another gains something."""
     cache = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=x.device)
 
     def milliseconds(candidate: Product) -> float:
-        times: list[float] = []
-        while len(times) < (5 if sum(times) < 2 else 2):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            cache.zero_()
-            start.record()
-            candidate(x, weight, bias)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        return statistics.median_low(times)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        start.record()
+        candidate(x, weight, bias)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
 
-    measured = [(milliseconds(candidate), i) for i, candidate in enumerate(kept)]
-    first, (best, fastest) = measured[0][0], min(measured)
-    return kept[0] if kept[0] is F.linear and best > WORTH * first else kept[fastest]
+    times = [min(milliseconds(candidate) for _ in range(2)) for candidate in candidates]
+    # The likeliest once more: a single time may be off.
+    likeliest = sorted(range(len(times)), key=times.__getitem__)[:2]
+    again = {i: statistics.median(milliseconds(candidates[i]) for _ in range(3)) for i in {0, *likeliest}}
+    best = min(again, key=again.__getitem__)
+    return candidates[best] if again[best] < WORTH * again[0] else candidates[0]
