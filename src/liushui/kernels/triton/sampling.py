@@ -222,8 +222,9 @@ def pick(
         LIMITED=limits is not None, BLOCK=_PIECE, LOOPS=loops, **options(chained, 8),
     )  # fmt: skip
     _settle[(rows,)](
-        scores, tokens, chosen, feed, places, pieces, BLOCK=triton.next_power_of_2(pieces), **options(chained, 1)
-    )
+        scores, tokens, chosen, feed, places, pieces, BLOCK=triton.next_power_of_2(triton.cdiv(vocab, _PIECE)),
+        **options(chained, 1),
+    )  # fmt: skip
     return chosen
 
 
