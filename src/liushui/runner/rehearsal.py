@@ -172,7 +172,7 @@ class Rehearsal:
         self.note = ""
         self._first = threading.Event()
         self._started = time.perf_counter()
-        self._thread = threading.Thread(target=self._run, name="liushui-compile", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="liushui-compile")
         self._thread.start()
 
     def first(self) -> str:

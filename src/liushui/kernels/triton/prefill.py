@@ -294,10 +294,9 @@ def prefill(
         "BS": shape.block_size, "BQ": tokens, "SPAN": attention.SPLIT, "STAGES": STAGES, "PDL": chained,
         "num_warps": 4, **({"launch_pdl": True} if chained else {}),
     }  # fmt: skip
-    if not qkv.is_meta and not _prefill.ready(**constants):
-        return False
     k, v = _bulk(shape, k_cache), _bulk(shape, v_cache)
-    _prefill[(shape.num_kv_heads, qkv.shape[0] // tokens + sequences)](
-        qkv, k, v, out, query_start, seq_lens, block_table, sequences, width, scale * attention.LOG2E, **constants
-    )
+    arguments = (qkv, k, v, out, query_start, seq_lens, block_table, sequences, width, scale * attention.LOG2E)
+    if not qkv.is_meta and not _prefill.ready(*arguments, **constants):
+        return False
+    _prefill[(shape.num_kv_heads, qkv.shape[0] // tokens + sequences)](*arguments, **constants)
     return True

@@ -48,7 +48,7 @@ def gumbel(first, second, tokens):
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def _pick(
     logits, keys, temperatures, limits, scores, tokens, vocab, pieces,
     LIMITED: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr, PDL: tl.constexpr,
@@ -79,7 +79,7 @@ def _pick(
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def _settle(scores, tokens, chosen, feed, places, pieces, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """The best piece's token; -1 if the row is not finite. Also to feed[place], for the step that follows."""
     row = tl.program_id(0)

@@ -28,6 +28,8 @@ OFFERS = 8
 """Algorithms asked for; cuBLASLt sorts them by its own estimate."""
 TRIED_OUTPUTS = 2**16
 """Products of more outputs, the heads, run once a step and take the time of their weights: the first choice serves."""
+OWN_ROWS = 64
+"""Most rows for which the own kernel may be faster than an algorithm that is not the first choice (H100)."""
 WORTH = 0.97
 """The share of the first choice's time below which another algorithm is taken."""
 _TRIAL_ROWS = 64
@@ -200,9 +202,11 @@ def choose(rows: int, weight: torch.Tensor, bias: torch.Tensor | None, chained: 
                 return False
             return all(torch.equal(got[part], expected) for part, expected in wanted)
 
-        others = [candidate for candidate in _algorithms(rows, weight, bias) if keeps_order(candidate)]
-        first: Product = F.linear if keeps_order(F.linear) else Own(chained)
-        chosen = _fastest([first, *others], x, weight, bias) if others else first
+        kept: list[Product] = [F.linear] if keeps_order(F.linear) else []
+        kept += [candidate for candidate in _algorithms(rows, weight, bias) if keeps_order(candidate)]
+        if kept and F.linear not in kept and rows <= OWN_ROWS:
+            kept.insert(0, Own(chained))
+        chosen = _fastest(kept, x, weight, bias) if len(kept) > 1 else next(iter(kept), None)
         return None if isinstance(chosen, Own) else chosen
     except torch.OutOfMemoryError:
         return None
