@@ -31,7 +31,7 @@ def test_against_float64(dtype: torch.dtype, rows: int, outputs: int, k: int, bi
 def test_bits_do_not_depend_on_rows_or_tiles(dtype: torch.dtype) -> None:
     x, weight, _ = cancelling(300, on_device(fill(640, 2048, dtype=dtype)), None)
     whole = product(x, weight, None, ops().chained, products.REFERENCE)
-    for tiles in TILES:
+    for tiles in TILES if dtype == torch.bfloat16 else TILES[:2]:  # each takes a second to compile
         for rows in (1, 7, 64, 300):
             assert torch.equal(product(x[:rows], weight, None, ops().chained, tiles), whole[:rows]), tiles
 
