@@ -171,6 +171,8 @@ def make_core(config: EngineConfig, serving: ServingConfig) -> Core:
     from liushui.runner.sampler import bring_torch
 
     bring_torch()
+    if (stay_ahead := getattr(runner, "stay_ahead", None)) is not None:
+        stay_ahead()
     phases.close()
     lines = [f"{config.model}: {checkpoint.describe()}", *runner.notes, batch_line(config, runner), phases.line()]
     return core_of(config, serving, runner, lines)

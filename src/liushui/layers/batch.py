@@ -29,7 +29,7 @@ class BatchTensors:
     """[S, max_blocks] int32, 0 beyond a sequence's blocks."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class KVCache:
     """Paged keys and values of all layers, each [num_layers, num_blocks, kv_heads, block_size, head_dim]."""
 

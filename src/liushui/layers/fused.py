@@ -16,6 +16,8 @@ from liushui.layers.blocks import DecoderLayer, GatedMLP, RMSNorm
 from liushui.layers.decoder import Decoder
 
 Forward = Callable[[KVCache, BatchTensors], torch.Tensor]
+Whole = Callable[[torch.Tensor, BatchTensors], bool]
+"""The residual stream [T, H] through all layers in place; False where nothing was done."""
 
 
 class FusedOps(Protocol):
@@ -42,21 +44,27 @@ class FusedOps(Protocol):
         ...
 
 
-def forward_of(model: Any, ops: Any) -> Forward:
-    """The model's forward, through `FusedOps` where it is a decoder of plain layers and a step has few rows."""
-    plain: Forward = model.forward
-    if not (isinstance(model, Decoder) and hasattr(ops, "fuses") and all(map(_plain, model.layers))):
-        return plain
+def forward_of(model: Any, ops: Any, whole: Whole | None = None) -> Forward:
+    """The model's forward, through `FusedOps` where it is a decoder of plain layers and a step has few rows.
+
+    `whole` is asked first then.
+    """
+    by_parts: Forward = model.forward
+    if not (isinstance(model, Decoder) and hasattr(ops, "fuses") and all(map(plain, model.layers))):
+        return by_parts
 
     def forward(kv: KVCache, batch: BatchTensors) -> torch.Tensor:
         if not ops.fuses(len(batch.ids), model.config.hidden_size):
-            return plain(kv, batch)
-        return model.norm(None, _stream(model.embed(batch.ids), model.layers, ops, kv, batch))
+            return by_parts(kv, batch)
+        x = model.embed(batch.ids)
+        if whole is None or not whole(x, batch):
+            stream(x, model.layers, ops, kv, batch)
+        return model.norm(None, x)
 
     return forward
 
 
-def _stream(
+def stream(
     x: torch.Tensor, layers: Sequence[DecoderLayer], ops: FusedOps, kv: KVCache, batch: BatchTensors
 ) -> torch.Tensor:
     """The residual stream x [T, H] after all layers, in place."""
@@ -73,7 +81,8 @@ def _stream(
     return x
 
 
-def _plain(layer: DecoderLayer) -> bool:
+def plain(layer: DecoderLayer) -> bool:
+    """Whether the layer is put together from the parts that `stream` knows."""
     norms = (layer.attention_input, layer.mlp_input)
     return (
         all(isinstance(norm, RMSNorm) and not norm.unit_offset for norm in norms)

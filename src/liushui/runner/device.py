@@ -20,6 +20,7 @@ from liushui.kernels.triton.ops import TritonOps
 from liushui.layers.batch import KVCache
 from liushui.layers.experts import Experts
 from liushui.layers.fused import forward_of
+from liushui.layers.one_row import OneRow
 from liushui.models.registry import Model
 from liushui.runner.sampler import SampleRow, adjust
 from liushui.runner.staging import RING, SampleTensors, Staging, StepShape
@@ -125,7 +126,8 @@ class DeviceSteps:
     ) -> None:
         """`limits`: the largest step: token rows, sequences, and blocks of one sequence."""
         self.model, self.ops, self.kv, self.device = model, ops, kv, device
-        self.forward = forward_of(model, ops)
+        self.one_row = OneRow(model, ops, kv, limits.width)
+        self.forward = forward_of(model, ops, self.one_row)
         sequences = bucket(limits.sequences, products.BUCKETS)
         rows = bucket(max(limits.rows, sequences), products.BUCKETS)
         self.max_width = limits.width
@@ -143,6 +145,12 @@ class DeviceSteps:
         self._back = [torch.zeros(sequences, dtype=torch.int32, pin_memory=pinned) for _ in range(RING)]
         self._turn = 0
         self._flying: deque[DeviceStep] = deque(maxlen=RING - 1)
+
+    def settle(self) -> list[str]:
+        """Before the first request: what is used only if it proves right here. Lines for the start-up report."""
+        with torch.inference_mode():
+            self.one_row.certify()
+        return [self.one_row.note] if self.one_row.note else []
 
     def start(self, plan: StepPlan, states: Mapping[str, SequenceState]) -> DeviceStep:
         """Launch one step."""

@@ -20,6 +20,7 @@ from liushui.layers.batch import BatchTensors, KVCache
 from liushui.layers.whole import take_apart
 from liushui.models.registry import Model
 from liushui.runner.batch import Wrap, pack
+from liushui.runner.fresh import Fresh
 from liushui.runner.sampler import SampleRow, sample, token_logprobs
 from liushui.runner.state import SequenceState
 
@@ -48,6 +49,8 @@ class HostSteps:
         self.built, self.kv, self.block_size, self.whole = model, kv, block_size, whole
         self.last_tokens: dict[str, int] = {}
         self.wrap: Wrap | None = Array if isinstance(kv.keys, Array) else None
+        self.fresh: Fresh | None = None
+        """Makes memory before it is needed; None: steps do."""
 
     def prepare(self, ops: Ops, rows: int, sequences: int) -> None:
         """Take the whole way, for steps of up to `rows` rows, where the model and the kernels have one."""
@@ -63,6 +66,8 @@ class HostSteps:
 
     def run(self, plan: StepPlan, states: Mapping[str, SequenceState], model: Model) -> StepResult:
         """One step of `model`: the one that was built, or one that watches it."""
+        if self.fresh is not None:
+            self.fresh.used(max(item.block_table[-1] for item in plan.items))
         packed = pack(plan, self.block_size, self.last_tokens, self.wrap)
         ends = packed.query_start.tolist()
         watched = self.whole is None or model is not self.built

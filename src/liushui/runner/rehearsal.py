@@ -206,6 +206,7 @@ class Rehearsal:
         self._key.join()
         with Compilers(self._device) as pool:
             pool.submit(partial(wake_vendor, self._device, self._dtype))
+            pool.submit(steps.one_row.prepare)
             with triton.AsyncCompileMode(pool):
                 known, ops = shapes(self._largest), steps.ops
                 roles, ops._prefill = (

@@ -17,6 +17,7 @@ from liushui.layers.batch import KVCache
 from liushui.layers.rows import NotPlainError, RowWeights
 from liushui.models.registry import WHOLE, Model, ModelSizes, build, sizes
 from liushui.runner import forms, hardware
+from liushui.runner.fresh import TOKENS_AHEAD, Fresh
 from liushui.runner.host import HostSteps
 from liushui.runner.memory import KVPlan, pick_kv_dtype, plan_kv
 from liushui.runner.state import SequenceState
@@ -164,6 +165,8 @@ class Runner:
             runner.host.prepare(ops, config.step_tokens, config.seats)
         if rehearsal is not None:
             runner.notes.append(rehearsal.first())
+        if runner.steps is not None:
+            runner.notes += runner.steps.settle()
         return runner
 
     @property
@@ -198,6 +201,11 @@ class Runner:
         self.depth = 1
         if self.steps.graph_failure is not None:
             self.notes.append(f"steps are not captured as CUDA graphs: {self.steps.graph_failure}")
+
+    def stay_ahead(self) -> None:
+        """From now on, have memory of the KV cache made before steps need it: where somebody waits for each of them."""
+        if self.steps is None:
+            self.host.fresh = Fresh(self.kv, -(-TOKENS_AHEAD // self.block_size))
 
     def execute(self, plan: StepPlan) -> Pending:
         """Run one step. On a CPU, where there is nothing to overlap with, the result is ready on return."""
