@@ -209,10 +209,8 @@ class Rehearsal:
             pool.submit(steps.one_row.prepare)
             with triton.AsyncCompileMode(pool):
                 known, ops = shapes(self._largest), steps.ops
-                roles, ops._prefill = (
-                    ops._prefill,
-                    None,
-                )  # the plain kernel, which takes less to compile, serves at first
+                roles = ops._prefill
+                ops._prefill = None  # the plain kernel, which takes less to compile, serves at first
                 self._attend(steps, known[0])
                 self._play(steps, known[:1])
                 needed = list(pool.futures)
