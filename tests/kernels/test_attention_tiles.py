@@ -22,7 +22,7 @@ _OPS: dict[int, NativeOps] = {}
 @pytest.fixture(scope="module")
 def two_threads() -> Iterator[None]:
     """Fills `_OPS` with the emulated kernels on one and on two threads."""
-    library = native.open_library(emulated.library(("kernels", "linear"), ("amx",)))
+    library = native.open_library(emulated.library(("kernels", "linear", "step"), ("amx",)))
     with mock.patch.object(native, "_library", return_value=library):
         for threads in (1, 2):
             ops = load_ops("native", threads, isa="amx")

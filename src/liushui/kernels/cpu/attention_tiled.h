@@ -206,11 +206,12 @@ LaneSight look_at_split(const Attention<bf16, K>& a, const AttentionTask& task, 
   return s;
 }
 
-// The sums of one tile of rows, or two, over blocks [begin, end). before(b) makes the weights of block b.
-template <int L, bool two, class Before>
-LS_INLINE void sum_blocks(const TaskShape& t, const bf16* values, long begin, long end, const float* weights,
-                          const float* weights2, float* sum, float* sum2, const Before& before) {
-  constexpr long kAtOnce = L < 16 ? kFewTiles : kSumTiles<two>, kBlock = kKeys * L;
+// The sums of one tile of rows over blocks [begin, end). before(b, part, parts) makes the weights of block b, between
+// the products of the block before: those take no more than the vectors' time.
+template <int L, class Before>
+LS_INLINE void sum_blocks(const TaskShape& t, const bf16* values, long begin, long end, const float* weights, float* sum,
+                          const Before& before) {
+  constexpr long kAtOnce = L < 16 ? kFewTiles : kSumTiles, kBlock = kKeys * L;
   for (long c = 0; c < t.columns; c += kAtOnce) {
     if constexpr (L == 16)
       begin_sums();
@@ -218,17 +219,25 @@ LS_INLINE void sum_blocks(const TaskShape& t, const bf16* values, long begin, lo
       begin_few_sums();
     const long lag = c == 0;  // blocks between the weights' making and their use: stores take their time
     for (long next = begin; next < end + lag; next++) {
-      if (lag && next < end) before(next);
       const long b = next - lag;
-      if (b < begin) continue;
+      const bool makes = lag && next < end, adds = b >= begin;
       const bf16* from = values + (b * t.columns + c) * 512;
-      if constexpr (L == 16)
-        add_to_sums<two>(from, t.columns - c, weights + b * kBlock, weights2 + b * kBlock);
-      else
-        add_to_few_sums(from, t.columns - c, weights + b * kBlock);
+      if constexpr (L == 16) {
+#pragma GCC unroll 4
+        for (int part = 0; part < kSumTiles; part++) {
+          if (adds) add_to_sums(from, t.columns - c, weights + b * kBlock, part);
+          if (makes) {
+            if (c + part < t.columns) fetch_tile(values + (next * t.columns + c + part) * 512);
+            before(next, part, kSumTiles);
+          }
+        }
+      } else {
+        if (makes) before(next, 0, 1);
+        if (adds) add_to_few_sums(from, t.columns - c, weights + b * kBlock);
+      }
     }
     if constexpr (L == 16)
-      store_sums<two>(t.columns - c, sum + c * 256, sum2 + c * 256);
+      store_sums(t.columns - c, sum + c * 256);
     else
       store_few_sums(t.columns - c, sum + c * 16, t.padded);
   }
@@ -245,7 +254,7 @@ void sum_one_by_one(const TaskShape& t, const TileSpace& s, const LaneSight& sig
       const long key = i / size * kKeys + (L == 16 ? i % kKeys : i / 32 % 16 * 2 + i % 2);
       s.seen[i] = key >= sight.from[r] && key < sight.to[r] ? s.values[i] : bf16{0};
     }
-    sum_blocks<L, false>(t, s.seen, begin, end, weights, weights, s.trial, s.trial, [](long) {});
+    sum_blocks<L>(t, s.seen, begin, end, weights, s.trial, [](long, int, int) {});
     if constexpr (L == 16)
       for (long d = 0; d < t.padded; d++) sum[d * L + r] = s.trial[d * L + r];
     else
@@ -287,6 +296,7 @@ void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const 
   };
   for (long b = begin; b < end; b++) {  // vectors follow the tiles at a distance of one block
     float *to = s.scores[0] + b * block, *to2 = s.scores[1] + b * block;
+    if (b + 1 < end) fetch_keys(keys.tiles + 2 * (b + 1), t.dim);
     if constexpr (L == 16)
       tile_scores<two>(keys.tiles + 2 * b, queries, queries + t.chunks * 32 * L, t.dim, to, to2);
     else
@@ -300,11 +310,11 @@ void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const 
     store(state[n].level, top);
     level[n] = select((vi)(top == nothing), splat(0.0f), top);
   }
-  sum_blocks<L, two>(t, s.values, begin, end, s.scores[0], s.scores[1], sum[0], sum[1], [&](long b) {
-    const float* value_scales = s.value_scales ? s.value_scales + b * kKeys : nullptr;
-    for (int n = 0; n < kTiles; n++) weigh<L>(s.scores[n] + b * block, scale, level[n], value_scales, total[n]);
-  });
   for (int n = 0; n < kTiles; n++) {
+    sum_blocks<L>(t, s.values, begin, end, s.scores[n], sum[n], [&](long b, int part, int parts) {
+      const float* value_scales = s.value_scales ? s.value_scales + b * kKeys : nullptr;
+      weigh<L>(s.scores[n] + b * block, scale, level[n], value_scales, total[n], part, parts);
+    });
     store(state[n].weight, sum_of_rows<L>(total[n]));
     if (spoils(t, s, sight[n], begin, end, keys))
       sum_one_by_one<L>(t, s, sight[n], begin, end, s.scores[n], sum[n]);

@@ -37,29 +37,6 @@ inline void configure_attention(int lanes) {
   LS_TILE_CONFIG(&config);
 }
 
-// 2^x of x up to about 0 within 3e-6, finer than the rounding of weights; 1 of 0, 0 of minus infinity, NaN kept.
-LS_INLINE vf power_of_two(vf x) {
-  const auto polynomial = [](vf r) {  // minimax on [0, 1] of the relative error, with value 1 at 0
-    vf p = splat(0.013426732271909714f);
-    p = fma(p, r, splat(0.052242398262023926f));
-    p = fma(p, r, splat(0.24128024280071259f));
-    p = fma(p, r, splat(0.6930448412895203f));
-    return fma(p, r, splat(1.0f));
-  };
-#if defined(__AVX512DQ__)
-  constexpr int kLessFloor = 0x09;  // x - floor(x), quietly; 0 of an infinity
-  const vf r = (vf)_mm512_reduce_ps((__m512)x, kLessFloor);
-  return (vf)_mm512_scalef_ps((__m512)polynomial(r), (__m512)x);  // times 2^floor(x)
-#else
-  const vf magic = splat(12582912.0f);
-  const vf bounded = select((vi)(x < splat(-200.0f)), splat(-200.0f), x);
-  const vf nearest = (bounded + magic) - magic;
-  const vf whole = select((vi)(nearest > bounded), nearest - 1.0f, nearest);
-  const vf power = (vf)(((vu)(whole + magic) << 23) + (127u << 23));
-  return select((vi)(bounded < splat(-126.0f)), splat(0.0f), polynomial(bounded - whole) * power);
-#endif
-}
-
 // Lane i of the result is lane i + n, around.
 LS_INLINE vf rotated(vf v, int n) {
   float twice[2 * W];
@@ -165,8 +142,12 @@ LS_INLINE void hide(float* scores, long block, const LaneSight& sight, const flo
   memcpy(&from, sight.from, sizeof from), memcpy(&to, sight.to, sizeof to);
   for (int i = 0; i < W; i++) key[i] = (int)block * kKeys + i / L;
   if (all && !key_scales) {
+    vf high[4] = {most[0], most[1], most[2], most[3]};
     for (int i = 0; i < kKeys / kEach; i += 4)
-      for (int j = 0; j < 4; j++) most[j] = vmax(most[j], load(scores + (i + j) * W));
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) high[j] = vmax(high[j], load(scores + (i + j) * W));
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) most[j] = high[j];
     return;
   }
   for (int i = 0; i < kKeys / kEach; i++) {
@@ -180,12 +161,12 @@ LS_INLINE void hide(float* scores, long block, const LaneSight& sight, const flo
 }
 
 // Scores of a block become weights 2^(score * scale - level), in bfloat16 where the scores were; `total` is brought
-// forward.
+// forward. Part `part` of `parts`, in order.
 template <int L>
-LS_INLINE void weigh(float* scores, float scale, vf level, const float* value_scales, vf* total) {
+LS_INLINE void weigh(float* scores, float scale, vf level, const float* value_scales, vf* total, int part, int parts) {
   constexpr int kEach = W / L, kSums = 4 / kEach, kAtOnce = L == 16 ? 4 : kKeys / kEach;
   bf16* to = (bf16*)scores;
-  for (int i = 0; i < kKeys / kEach; i += kAtOnce) {
+  for (int i = kKeys / kEach / parts * part; i < kKeys / kEach / parts * (part + 1); i += kAtOnce) {
     vf p[kAtOnce];
 #pragma GCC unroll 16
     for (int j = 0; j < kAtOnce; j++) {
@@ -322,6 +303,20 @@ struct KeyTile {
   long row_bytes;
 };
 
+// Keys and values of a split fill the nearest cache by themselves: what comes next is fetched.
+inline void fetch_keys(const KeyTile* keys, long dim) {
+  for (int half = 0; half < 2; half++) {
+    const char* row = (const char*)keys[half].first;
+    for (int r = 0; r < kTile; r++, row += keys[half].row_bytes)
+      for (long i = 0; i < 2 * dim; i += 64) __builtin_prefetch(row + i, 0, 3);
+  }
+}
+
+LS_INLINE void fetch_tile(const bf16* tile) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; i++) __builtin_prefetch(tile + 32 * i, 0, 3);
+}
+
 // scores [kKeys][16] of one tile of rows, or of two, with a block's keys. queries [chunk][pair of dimensions][row][2].
 template <bool two>
 inline void tile_scores(const KeyTile* keys, const bf16* queries, const bf16* queries2, long dim, float* scores,
@@ -399,9 +394,8 @@ inline void store_few_sums(long left, float* sum, long padded) {
   if (left > 2) LS_TILE_STORE(7, sum + 32, padded * 4);
 }
 
-// Sums of one tile of rows are made four tiles of dimensions at a time, of two tiles of rows two at a time.
-template <bool two>
-constexpr long kSumTiles = two ? 2 : 4;
+// Sums of a tile of rows are made four tiles of dimensions at a time.
+constexpr int kSumTiles = 4;
 
 inline void begin_sums() {
   LS_TILE_ZERO(0);
@@ -410,42 +404,28 @@ inline void begin_sums() {
   LS_TILE_ZERO(3);
 }
 
-// Sums += a block's values^T times its weights, for `left` tiles of dimensions.
-template <bool two>
-inline void add_to_sums(const bf16* values, long left, const float* weights, const float* weights2) {
-  LS_TILE_LOAD(6, weights, 64);
-  LS_TILE_LOAD(4, values, 64);
-  LS_TILE_BF16(0, 4, 6);
-  if (two) {
-    LS_TILE_LOAD(7, weights2, 64);
-    LS_TILE_BF16(2, 4, 7);
-  }
-  if (left > 1) {
+// Sums += a block's values^T times its weights, tile `part` of `left` tiles of dimensions; 0 comes first.
+LS_INLINE void add_to_sums(const bf16* values, long left, const float* weights, int part) {
+  if (part == 0) {
+    LS_TILE_LOAD(6, weights, 64);
+    LS_TILE_LOAD(4, values, 64);
+    LS_TILE_BF16(0, 4, 6);
+  } else if (part == 1 && left > 1) {
     LS_TILE_LOAD(5, values + 512, 64);
     LS_TILE_BF16(1, 5, 6);
-    if (two) LS_TILE_BF16(3, 5, 7);
-  }
-  if (two) return;
-  if (left > 2) {
+  } else if (part == 2 && left > 2) {
     LS_TILE_LOAD(4, values + 1024, 64);
     LS_TILE_BF16(2, 4, 6);
-  }
-  if (left > 3) {
+  } else if (part == 3 && left > 3) {
     LS_TILE_LOAD(5, values + 1536, 64);
     LS_TILE_BF16(3, 5, 6);
   }
 }
 
 // To sums [dimension][row].
-template <bool two>
-inline void store_sums(long left, float* sum, float* sum2) {
+inline void store_sums(long left, float* sum) {
   LS_TILE_STORE(0, sum, 64);
   if (left > 1) LS_TILE_STORE(1, sum + 256, 64);
-  if (two) {
-    LS_TILE_STORE(2, sum2, 64);
-    if (left > 1) LS_TILE_STORE(3, sum2 + 256, 64);
-    return;
-  }
   if (left > 2) LS_TILE_STORE(2, sum + 512, 64);
   if (left > 3) LS_TILE_STORE(3, sum + 768, 64);
 }

@@ -1,5 +1,6 @@
 // The products under one interface (linear.h), and their C names, compiled once per instruction set.
 #include "amx_bf16.h"
+#include "amx_gated.h"
 #include "amx_int8.h"
 #include "gemm.h"
 #include "quant_pack.h"
@@ -17,8 +18,7 @@ bool is_integer(const PackedWeight& w) { return w.format >= kInt8; }
 size_t prepared_bytes(const PackedWeight& w, int x_type, long rows) {
   if (is_integer(w)) return (size_t)((rows + 15) / 16 * groups_of(w)) * sizeof(PreparedGroup);
 #if defined(LS_TILE_BF16)
-  if (w.format == kWeightBF16)
-    return bf16_direct(w.k, x_type, rows) ? 0 : (size_t)((rows + kTile - 1) / kTile * bf16_chunks(w.k) * kTileBytes);
+  if (w.format == kWeightBF16) return bf16_prepared_bytes(w.k, x_type, rows);
 #endif
   return w.format == kWeightBF16 && x_type == kBFloat16 ? (size_t)(rows * w.k) * sizeof(float) : 0;
 }
@@ -38,8 +38,9 @@ void prepare_rows(const PackedWeight& w, const void* x, int x_type, long begin, 
     bf16_rows(w.k, (const float*)x, begin, end, (bf16*)prepared);
 #else
   const bf16* from = (const bf16*)x;
-  float* to = (float*)prepared;
-  for (long i = begin * w.k; i < end * w.k; i += W) store_up_to(to + i, load_up_to(from + i, end * w.k - i), end * w.k - i);
+  float* to = (float*)prepared + begin * w.k;
+  const long count = (end - begin) * w.k;
+  for (long i = 0; i < count; i += W) store_up_to(to + i, load_up_to(from + i, count - i), count - i);
 #endif
 }
 
@@ -65,6 +66,24 @@ void multiply(const PackedWeight& weight, const void* prepared, int x_type, long
 #endif
     }
   }
+}
+
+bool can_gate(const PackedWeight& gate_up, const PackedWeight& down, int x_type) {
+#if defined(LS_TILE_BF16)
+  return x_type == kBFloat16 && gated_fits(gate_up, down);
+#else
+  (void)gate_up, (void)down, (void)x_type;
+  return false;
+#endif
+}
+
+void multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* prepared, long rows, void* inner,
+                    int worker, int workers) {
+#if defined(LS_TILE_BF16)
+  bf16_multiply_gated(gate_up, down, prepared, rows, (bf16*)inner, worker, workers);
+#else
+  (void)gate_up, (void)down, (void)prepared, (void)rows, (void)inner, (void)worker, (void)workers;
+#endif
 }
 
 void embed_rows(const PackedWeight& weight, const int64_t* ids, long begin, long end, const Output& out) {
@@ -95,7 +114,7 @@ long weight_bytes(const PackedWeight& w) {
   const long panels = (w.n + kColumns - 1) / kColumns, floats = (w.n + kPanel - 1) / kPanel * kPanel * w.k;
   if (w.format == kWeightF32) return floats * 4;
 #if defined(LS_TILE_BF16)
-  if (w.format == kWeightBF16) return panels * bf16_chunks(w.k) * kTileBytes;
+  if (w.format == kWeightBF16) return bf16_panels(w.n) * bf16_chunks(w.k) * kPairBytes;
 #else
   if (w.format == kWeightBF16) return floats * 2;
 #endif
@@ -128,11 +147,9 @@ struct PackTask {
 // Columns of a panel.
 long panel_width(const PackedWeight& w) {
 #if defined(LS_TILE_BF16)
-  const bool wide = w.format == kWeightF32;
-#else
-  const bool wide = !is_integer(w);
+  if (w.format == kWeightBF16) return kPairColumns;
 #endif
-  return wide ? kPanel : kColumns;
+  return is_integer(w) ? kColumns : kPanel;
 }
 
 long panels_of(const PackedWeight& w) { return (w.n + panel_width(w) - 1) / panel_width(w); }
@@ -142,7 +159,7 @@ void pack_dense(const float* rows, long width, long k, float* to) { gemm_pack_pa
 
 void pack_dense(const bf16* rows, long width, long k, bf16* to) {
 #if defined(LS_TILE_BF16)
-  bf16_pack_panel(rows, width, k, 0, to);
+  bf16_pack_panel(rows, width, k, to);
 #else
   gemm_pack_panel(rows, width, k, 0, to);
 #endif
@@ -206,7 +223,8 @@ struct ProductTask {
 void prepare_task(void* context, long task) {
   const ProductTask& a = *(const ProductTask*)context;
   const long begin = task * a.rows_per_task;
-  prepare_rows(*a.w, a.x, a.x_type, begin, min_of(a.rows, begin + a.rows_per_task), a.prepared);
+  const char* first = (const char*)a.x + begin * a.w->k * (a.x_type == kBFloat16 ? 2 : 4);
+  prepare_rows(*a.w, first, a.x_type, begin, min_of(a.rows, begin + a.rows_per_task), a.prepared);
 }
 
 void multiply_task(void* context, long worker) {

@@ -60,14 +60,22 @@ namespace LS_ISA {
 // Size of the prepared form of `rows` rows; 0: x itself is what multiply reads (contiguous rows of k).
 size_t prepared_bytes(const PackedWeight& weight, int x_type, long rows);
 
-// Prepares rows [row_begin, row_end) of x [rows, k] (contiguous) at their place in `prepared` (64-byte aligned).
-// The result serves every weight of the same k and the same kind (integers; bfloat16).
+// Prepares rows [row_begin, row_end), the first of which is at x (contiguous), at their place in `prepared` (64-byte
+// aligned). The result serves every weight of the same k and the same kind (integers; bfloat16).
 void prepare_rows(const PackedWeight& weight, const void* x, int x_type, long row_begin, long row_end, void* prepared);
 
 // The share of `worker` (0 .. workers - 1) in y, for rows [0, rows) of `prepared` (or of x, where nothing had to be
 // prepared). Uses scratch memory kProduct. Shares do not overlap and together are everything.
 void multiply(const PackedWeight& weight, const void* prepared, int x_type, long rows, const Output& out, int worker,
               int workers);
+
+// Whether multiply_gated can serve: `gate_up` has the rows of a gate, then as many of what it lets through.
+bool can_gate(const PackedWeight& gate_up, const PackedWeight& down, int x_type);
+
+// The share of `worker` in silu(x gate^T) * (x up^T), every operation rounded as by itself, to `inner`: in the form
+// that `down` multiplies with, that is prepared, or rows as they are where nothing has to be prepared.
+void multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* prepared, long rows, void* inner,
+                    int worker, int workers);
 
 // Rows ids[begin .. end) of the weight, dequantised, to rows [begin, end) of out (kStore). The ids are in range.
 void embed_rows(const PackedWeight& weight, const int64_t* ids, long begin, long end, const Output& out);

@@ -147,7 +147,7 @@ void quantise_rows(long k, const T* x, long begin, long end, PreparedGroup* prep
   const long groups = (k + kInnerGroup - 1) / kInnerGroup;
   for (long row = begin; row < end; row++)
     for (long g = 0; g < groups; g++)
-      quantise_group(x + row * k + g * kInnerGroup, k - g * kInnerGroup, prepared[row / 16 * groups + g],
+      quantise_group(x + (row - begin) * k + g * kInnerGroup, k - g * kInnerGroup, prepared[row / 16 * groups + g],
                      (int)(row % 16));
 }
 

@@ -25,10 +25,9 @@ LS_INLINE const T* add_residual(const Norm<T>& a, long row) {
   const T* x = a.x + row * a.width;
   if (!a.residual) return x;
   T* sum = a.residual + row * a.width;
-  for (long i = 0; i < a.width; i += W) {
-    const long n = a.width - i;
+  each_vector(0, a.width, [&](long i, long n) {
     store_up_to(sum + i, load_up_to(sum + i, n) + load_up_to(x + i, n), n);
-  }
+  });
   return sum;
 }
 
@@ -38,6 +37,7 @@ LS_INLINE float row_sum(const T* x, long width, bool squares, float mean) {
   vf sum[4] = {};
   long i = 0;
   for (; i + 4 * W <= width; i += 4 * W)
+#pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       const vf v = load(x + i + j * W) - mean;
       sum[j] = squares ? fma(v, v, sum[j]) : sum[j] + v;
@@ -62,11 +62,10 @@ void rms_norm_task(void* context, long task) {
     const T* x = add_residual(a, row);
     T* out = a.out + row * a.width;
     const float inverse = 1.0f / __builtin_sqrtf(row_sum(x, a.width, true, 0.0f) / (float)a.width + a.eps);
-    for (long i = 0; i < a.width; i += W) {
-      const long n = a.width - i;
+    each_vector(0, a.width, [&](long i, long n) {
       const vf v = (load_up_to(x + i, n) * inverse) * (load_up_to(a.weight + i, n) + a.offset);
       store_up_to(out + i, v, n);
-    }
+    });
   }
 }
 
@@ -78,11 +77,10 @@ void layer_norm_task(void* context, long task) {
     T* out = a.out + row * a.width;
     const float mean = row_sum(x, a.width, false, 0.0f) / (float)a.width;
     const float inverse = 1.0f / __builtin_sqrtf(row_sum(x, a.width, true, mean) / (float)a.width + a.eps);
-    for (long i = 0; i < a.width; i += W) {
-      const long n = a.width - i;
+    each_vector(0, a.width, [&](long i, long n) {
       const vf normed = (load_up_to(x + i, n) - mean) * inverse;
       store_up_to(out + i, fma(normed, load_up_to(a.weight + i, n), load_up_to(a.bias + i, n)), n);
-    }
+    });
   }
 }
 
@@ -108,19 +106,32 @@ LS_INLINE vf gelu_tanh(vf x) {
   return times_sigmoid(x, u + u);
 }
 
+// x times its logistic function; as finely as T can tell.
+template <class T>
+LS_INLINE vf silu(vf x) {
+#if defined(__AMX_TILE__)
+  if constexpr (sizeof(T) == 2) {
+    const __m512 most = _mm512_set1_ps(126.0f);  // the second where one is not a number
+    const vf below = power_of_two((vf)_mm512_min_ps(most, (__m512)(x * -1.44269504f))) + 1.0f;
+    const vf near = (vf)_mm512_rcp14_ps((__m512)below);
+    return x * fma(near, fma(-below, near, splat(1.0f)), near);
+  }
+#endif
+  return times_sigmoid(x, x);
+}
+
 template <class T, int kind>
 void activate_task(void* context, long task) {
   const Activate<T>& a = *(const Activate<T>*)context;
   const long row = task / a.pieces, from = task % a.pieces * kGrain, to = min_of(a.width, from + kGrain);
   const T* x = a.x + row * a.width * (kind == kGeluTanh ? 1 : 2);
   T* out = a.out + row * a.width;
-  for (long i = from; i < to; i += W) {
-    const long n = to - i;
+  each_vector(from, to, [&](long i, long n) {
     const vf gate = load_up_to(x + i, n);
-    vf y = kind == kSiluMul ? times_sigmoid(gate, gate) : gelu_tanh(gate);
+    vf y = kind == kSiluMul ? silu<T>(gate) : gelu_tanh(gate);
     if (kind != kGeluTanh) y = y * load_up_to(x + a.width + i, n);
     store_up_to(out + i, y, n);
-  }
+  });
 }
 
 template <class T>
@@ -158,14 +169,13 @@ LS_INLINE void norm_and_rotate(const ToCache<T, K>& a, const T* x, T* out, const
     const vf v = load_up_to(x + i, n);
     return weight ? (v * inverse) * load_up_to(weight + i, n) : v;
   };
-  for (long i = 0; i < half; i += W) {
-    const long n = half - i;
+  each_vector(0, half, [&](long i, long n) {
     const vf first = value(i, n), second = value(half + i, n);
     const vf cosine = load_up_to(angles + i, n), sine = load_up_to(angles + half + i, n);
     store_up_to(out + i, fma(first, cosine, -(second * sine)), n);
     store_up_to(out + half + i, fma(second, cosine, first * sine), n);
-  }
-  for (long i = 2 * half; i < dim; i += W) store_up_to(out + i, value(i, dim - i), dim - i);
+  });
+  each_vector(2 * half, dim, [&](long i, long n) { store_up_to(out + i, value(i, n), n); });
 }
 
 // x in whole numbers of -127 .. 127 times the scale returned; one that is not finite makes the scale NaN.
@@ -195,12 +205,30 @@ LS_INLINE float to_int8(const T* x, long dim, int8_t* out) {
   return largest / 127.0f;
 }
 
+// Brings a later token near: its row, part of which another worker made, and its place in the cache, long unused.
+template <class T, class K>
+LS_INLINE void fetch_token(const ToCache<T, K>& a, long t) {
+  const long dim = a.head_dim, width = (a.num_heads + 2L * a.num_kv_heads) * dim;
+  const char* row = (const char*)(a.qkv + t * width);
+  for (long i = 0; i < width * (long)sizeof(T); i += 64) __builtin_prefetch(row + i, 0, 3);
+  const long slot = a.slots[t];
+  if (slot < 0 || slot >= a.num_slots) return;
+  for (long h = 0; h < a.num_kv_heads; h++) {
+    const long place = ((slot / a.block_size * a.num_kv_heads + h) * a.block_size + slot % a.block_size) * dim;
+    for (long i = 0; i < dim; i += 64 / (long)sizeof(K)) {
+      __builtin_prefetch(a.k_cache + place + i, 1, 3);
+      __builtin_prefetch(a.v_cache + place + i, 1, 3);
+    }
+  }
+}
+
 template <class T, class K>
 void to_cache_task(void* context, long task) {
   ToCache<T, K>& a = *(ToCache<T, K>*)context;
   const long dim = a.head_dim, heads = a.num_heads + 2L * a.num_kv_heads;
   for (long t = task * a.tokens_per_task; t < min_of(a.tokens, (task + 1) * a.tokens_per_task); t++) {
     const long slot = a.slots[t], position = a.positions[t];
+    if (t + 2 < a.tokens) fetch_token(a, t + 2);
     if (slot < 0) continue;
     if (slot >= a.num_slots || (a.rope && (position < 0 || position >= a.max_position))) {
       __atomic_store_n(&a.bad, 1, __ATOMIC_RELAXED);

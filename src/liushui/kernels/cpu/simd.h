@@ -89,9 +89,15 @@ LS_INLINE vf load(const float* p) {
 }
 
 LS_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__) && LS_WIDTH == 16  // gcc 12 would widen it in pieces
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__) && LS_WIDTH == 8
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   vh h;
   memcpy(&h, p, sizeof h);
   return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 
 LS_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
@@ -108,6 +114,20 @@ LS_INLINE void store(bf16* p, vf v) {
   memcpy(p, &h, sizeof h);
 #endif
 }
+
+// v as it is read again after it has been stored as a T.
+template <class T>
+LS_INLINE vf rounded(vf v) {
+  T once[W];
+  store(once, v);
+  return load(once);
+}
+#if defined(__AVX512BF16__) && LS_WIDTH == 16
+template <>
+LS_INLINE vf rounded<bf16>(vf v) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)), 16);
+}
+#endif
 
 // The first n < W elements; the other lanes are zero.
 template <class T>
@@ -139,8 +159,23 @@ LS_INLINE void store_up_to(T* p, vf v, long n) {
     store_n(p, v, n);
 }
 
+// Calls each(i, n) for vectors from i on, n elements of each: W of all but the last.
+template <class Each>
+LS_INLINE void each_vector(long from, long to, const Each& each) {
+  for (; from + W <= to; from += W) each(from, (long)W);
+  if (from < to) each(from, to - from);
+}
+
 // Sum of the lanes, halves folded onto each other.
 LS_INLINE float lane_sum(vf v) {
+#if LS_WIDTH == 16
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  const v8 b = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const v4 c = __builtin_shufflevector(b, b, 0, 1, 2, 3) + __builtin_shufflevector(b, b, 4, 5, 6, 7);
+  return (c[0] + c[2]) + (c[1] + c[3]);
+#endif
   float x[W];
   store(x, v);
   for (int half = W / 2; half > 0; half /= 2)
@@ -196,6 +231,29 @@ LS_INLINE vf vexp_of_negative(vf x) {
 
 // x times the logistic function of y.
 LS_INLINE vf times_sigmoid(vf x, vf y) { return x / (1.0f + vexp(-y)); }
+
+// 2^x of x up to 126 within 3e-6, finer than the rounding to bfloat16; 1 of 0, 0 of minus infinity, NaN kept.
+LS_INLINE vf power_of_two(vf x) {
+  const auto polynomial = [](vf r) {  // minimax on [0, 1] of the relative error, with value 1 at 0
+    vf p = splat(0.013426732271909714f);
+    p = fma(p, r, splat(0.052242398262023926f));
+    p = fma(p, r, splat(0.24128024280071259f));
+    p = fma(p, r, splat(0.6930448412895203f));
+    return fma(p, r, splat(1.0f));
+  };
+#if defined(__AVX512DQ__)
+  constexpr int kLessFloor = 0x09;  // x - floor(x), quietly; 0 of an infinity
+  const vf r = (vf)_mm512_reduce_ps((__m512)x, kLessFloor);
+  return (vf)_mm512_scalef_ps((__m512)polynomial(r), (__m512)x);  // times 2^floor(x)
+#else
+  const vf magic = splat(12582912.0f);
+  const vf bounded = select((vi)(x < splat(-200.0f)), splat(-200.0f), x);
+  const vf nearest = (bounded + magic) - magic;
+  const vf whole = select((vi)(nearest > bounded), nearest - 1.0f, nearest);
+  const vf power = (vf)(((vu)(whole + magic) << 23) + (127u << 23));
+  return select((vi)(bounded < splat(-126.0f)), splat(0.0f), polynomial(bounded - whole) * power);
+#endif
+}
 
 // Keys are turned into columns 4 dimensions at a time: `load_columns` makes 4 vectors of Kw keys each.
 #if defined(__AVX2__)

@@ -25,7 +25,13 @@ using liushui::StepBatch;
 using liushui::StepLayer;
 using liushui::StepModel;
 
-constexpr long kStepRows = 256;  // rows of a block
+#if defined(LS_TILE_BF16)
+constexpr long kStepRows = 512;  // rows of a block: each reads the weights from memory
+#else
+constexpr long kStepRows = 256;
+#endif
+constexpr long kFewRows = 16;    // up to here a product is the reading of its weight: long pieces
+constexpr int kShares = 8;       // of a worker in a product of more rows
 
 // The best logit of a row so far.
 struct Best {
@@ -73,12 +79,13 @@ Space divide(const StepModel& m, long rows, long num_tokens, int threads, char* 
     return begin;
   };
   const auto activations = [&](long count, long width) { return take((size_t)(count * width) * size); };
+  const auto larger = [](size_t a, size_t b) { return a > b ? a : b; };
   s.normed = activations(block, m.hidden);
   s.prepared = take(most_prepared(m, prepared_rows));
   s.qkv = activations(rows, heads * dim);
   s.mixed = activations(rows, mixed);
   s.gate_up = activations(block, 2 * m.inner);
-  s.inner = activations(block, m.inner);
+  s.inner = take(larger((size_t)(block * m.inner) * size, most_prepared(m, block)));
   s.update = activations(block, m.hidden);
   s.own_row = aligned((size_t)widest * size);
   s.own_bytes = s.own_row + aligned(most_prepared(m, 1));
@@ -97,6 +104,7 @@ struct Step {
   liushui::AttentionPlan* plans;  // of each layer
   float* partials;
   int32_t* taken;  // [layers, 2]: attention's tasks and merges that have been taken
+  int32_t* shares;  // [products]: of each, how many shares have been taken
   int bad;
 };
 
@@ -104,6 +112,7 @@ struct Step {
 struct Worker {
   int index, count;
   int64_t *times, last;  // null: nobody asks
+  long products;         // that it has been through
 
   static int64_t now() {
     timespec t;
@@ -130,51 +139,69 @@ struct Deal {
 };
 LS_INLINE Deal deal(long rows, const Worker& w) { return {rows * w.index / w.count, rows * (w.index + 1) / w.count}; }
 
-// What the time of a product counts as: of making its rows, and of multiplying.
-struct Parts {
-  liushui::StepPart make, multiply;
-};
+// Calls each(share, shares) for what this worker takes of a product. Of many rows there are several shares a worker, so
+// that one who is held up holds up nobody.
+template <class T, class Each>
+void take_shares(Step<T>& step, long rows, Worker& w, const Each& each) {
+  int32_t* taken = &step.shares[w.products++];
+  if (rows <= kFewRows || w.count == 1) return each(w.index, w.count);
+  const int shares = kShares * w.count;
+  for (int share; (share = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) < shares;) each(share, shares);
+}
 
-// y = make(row) w^T for `rows` rows; make(row, to) writes the row's k values. Leaves without a barrier.
+// What `weight` multiplies with: make(row, to) writes row `row` to `to`, or says where it lies. Leaves with a barrier,
+// except for a lone row, which every worker makes for itself.
 template <class T, class Make>
-void product(Step<T>& step, const PackedWeight& weight, long rows, T* made, const Make& make, const Output& out,
-             Parts parts, Worker& w) {
+const void* product_input(Step<T>& step, const PackedWeight& weight, long rows, T* made, const Make& make,
+                          liushui::StepPart part, Worker& w) {
   using namespace liushui::LS_ISA;
   const int type = step.m.type;
   const bool prepares = prepared_bytes(weight, type, rows) != 0;
+  T* own = (T*)(step.s.own + (size_t)w.index * step.s.own_bytes);
+  char* own_prepared = (char*)own + step.s.own_row;
   if (rows == 1) {
-    char* own = step.s.own + (size_t)w.index * step.s.own_bytes;
-    make(0, (T*)own);
-    if (prepares) prepare_rows(weight, own, type, 0, 1, own + step.s.own_row);
-    w.did(parts.make);
-    multiply(weight, prepares ? own + step.s.own_row : own, type, 1, out, w.index, w.count);
-    return w.did(parts.multiply);
+    const T* row = make(0, own);
+    if (prepares) prepare_rows(weight, row, type, 0, 1, own_prepared);
+    w.did(part);
+    return prepares ? own_prepared : (const void*)row;
   }
   const Deal mine = deal(rows, w);
-  for (long row = mine.begin; row < mine.end; row++) make(row, made + row * weight.k);
-  if (prepares && mine.begin < mine.end)
-    prepare_rows(weight, made, type, mine.begin, mine.end, step.s.prepared);
-  w.did(parts.make);
-  w.meet(parts.make);
-  multiply(weight, prepares ? step.s.prepared : (char*)made, type, rows, out, w.index, w.count);
-  w.did(parts.multiply);
+  for (long row = mine.begin; row < mine.end; row++) {
+    const T* values = make(row, prepares ? own : made + row * weight.k);
+    if (prepares) prepare_rows(weight, values, type, row, row + 1, step.s.prepared);
+  }
+  w.did(part);
+  w.meet(part);
+  return prepares ? step.s.prepared : (char*)made;
+}
+
+// y = x w^T for `rows` rows of what product_input made. Leaves without a barrier.
+template <class T>
+void product(Step<T>& step, const PackedWeight& weight, long rows, const void* x, const Output& out,
+             liushui::StepPart part, Worker& w) {
+  using namespace liushui::LS_ISA;
+  if (out.epilogue == liushui::kHand)  // which knows its workers
+    multiply(weight, x, step.m.type, rows, out, w.index, w.count);
+  else
+    take_shares(step, rows, w, [&](int share, int shares) {
+      multiply(weight, x, step.m.type, rows, out, share, shares);
+    });
+  w.did(part);
 }
 
 // The residual stream += y, in block [first, first + rows).
-template <class T, class Make>
-void product_to_stream(Step<T>& step, const PackedWeight& weight, long first, long rows, T* made, const Make& make,
-                       Parts parts, Worker& w) {
+template <class T>
+void product_to_stream(Step<T>& step, const PackedWeight& weight, long first, long rows, const void* made,
+                       liushui::StepPart part, Worker& w) {
   const long width = step.m.hidden;
   T* stream = (T*)step.b.x + first * width;
   if (step.m.residual_scale == 1.0f) {
-    product(step, weight, rows, made, make, Output{stream, step.m.type, liushui::kAdd, width, nullptr, nullptr}, parts,
-            w);
-    return w.meet(parts.multiply);
+    product(step, weight, rows, made, Output{stream, step.m.type, liushui::kAdd, width, nullptr, nullptr}, part, w);
+    return w.meet(part);
   }
   T* update = (T*)step.s.update;
-  product(step, weight, rows, made, make, Output{update, step.m.type, liushui::kStore, width, nullptr, nullptr}, parts,
-          w);
-  w.meet(parts.multiply);
+  product(step, weight, rows, made, Output{update, step.m.type, liushui::kStore, width, nullptr, nullptr}, part, w);
+  w.meet(part);
   const Deal mine = deal(rows * width, w);
   for (long i = mine.begin; i < mine.end; i += W) {
     const long n = mine.end - i;
@@ -182,16 +209,27 @@ void product_to_stream(Step<T>& step, const PackedWeight& weight, long first, lo
     store(scaled, load_up_to(update + i, n) * step.m.residual_scale);
     store_up_to(stream + i, load_up_to(stream + i, n) + load(scaled), n);
   }
-  w.did(parts.multiply);
-  w.meet(parts.multiply);
+  w.did(part);
+  w.meet(part);
 }
 
 template <class T>
 auto norm_of(const T* x, const void* weight, float eps, long width) {
   return [=](long row, T* to) {
+    const char* later = (const char*)(x + (row + 2) * width);  // half of it was another worker's
+    for (long i = 0; i < width * (long)sizeof(T); i += 64) __builtin_prefetch(later + i, 0, 3);
     const Norm<T> norm = {x + row * width, (const T*)weight, nullptr, nullptr, to, 1, width, 1, eps, 0.0f};
     rms_norm_task<T>((void*)&norm, 0);
+    return to;
   };
+}
+
+// What `weight` multiplies with, for rows that are there already.
+template <class T>
+const void* product_input(Step<T>& step, const PackedWeight& weight, long rows, T* x, liushui::StepPart part,
+                          Worker& w) {
+  if (liushui::LS_ISA::prepared_bytes(weight, step.m.type, rows) == 0) return x;
+  return product_input(step, weight, rows, x, [=](long row, T*) { return x + row * weight.k; }, part, w);
 }
 
 template <class T, class K>
@@ -227,19 +265,47 @@ void attend(Step<T>& step, long index, Worker& w) {
   if (a.bad) __atomic_store_n(&step.bad, 1, __ATOMIC_RELAXED);
 }
 
+// SiLU of the gate times what it lets through, [rows, inner], as `down` multiplies with it.
+template <class T>
+const void* gated_input(Step<T>& step, const StepLayer& layer, long rows, const void* x, Worker& w) {
+  using namespace liushui::LS_ISA;
+  const long inner = step.m.inner;
+  if (can_gate(*layer.gate_up, *layer.down, step.m.type)) {
+    take_shares(step, rows, w, [&](int share, int shares) {
+      multiply_gated(*layer.gate_up, *layer.down, x, rows, step.s.inner, share, shares);
+    });
+    w.did(liushui::kPartGateUp);
+    w.meet(liushui::kPartGateUp);
+    return step.s.inner;
+  }
+  const T* gate_up = (const T*)step.s.gate_up;
+  product(step, *layer.gate_up, rows, x,
+          Output{step.s.gate_up, step.m.type, liushui::kStore, 2 * inner, nullptr, nullptr}, liushui::kPartGateUp, w);
+  w.meet(liushui::kPartGateUp);
+  return product_input(step, *layer.down, rows, (T*)step.s.inner,
+                       [=](long row, T* to) {
+                         const long pieces = (inner + kGrain - 1) / kGrain;
+                         const Activate<T> a = {gate_up + row * 2 * inner, to, 1, inner, pieces};
+                         for (long piece = 0; piece < pieces; piece++) activate_task<T, kSiluMul>((void*)&a, piece);
+                         return to;
+                       },
+                       liushui::kPartActivation, w);
+}
+
 template <class T>
 void layer_forward(Step<T>& step, long index, Worker& w) {
   const StepModel& m = step.m;
   const StepLayer& layer = m.layers[index];
-  const long hidden = m.hidden, inner = m.inner, mixed = (long)m.num_heads * m.head_dim;
+  const long hidden = m.hidden, mixed = (long)m.num_heads * m.head_dim;
   const long qkv = (m.num_heads + 2L * m.num_kv_heads) * m.head_dim;
   const T* x = (const T*)step.b.x;
+  T* normed = (T*)step.s.normed;
   for (long first = 0; first < step.b.rows; first += kStepRows) {
     const long rows = min_of(kStepRows, step.b.rows - first);
-    product(step, *layer.qkv, rows, (T*)step.s.normed,
-            norm_of(x + first * hidden, layer.attention_norm, layer.attention_eps, hidden),
-            Output{(T*)step.s.qkv + first * qkv, m.type, liushui::kStore, qkv, nullptr, nullptr},
-            Parts{liushui::kPartNorm, liushui::kPartQkv}, w);
+    const auto norm = norm_of(x + first * hidden, layer.attention_norm, layer.attention_eps, hidden);
+    const void* made = product_input(step, *layer.qkv, rows, normed, norm, liushui::kPartNorm, w);
+    product(step, *layer.qkv, rows, made,
+            Output{(T*)step.s.qkv + first * qkv, m.type, liushui::kStore, qkv, nullptr, nullptr}, liushui::kPartQkv, w);
     w.meet(liushui::kPartQkv);
   }
   if (layer.k_scales)
@@ -248,25 +314,13 @@ void layer_forward(Step<T>& step, long index, Worker& w) {
     attend<T, T>(step, index, w);
   for (long first = 0; first < step.b.rows; first += kStepRows) {
     const long rows = min_of(kStepRows, step.b.rows - first);
-    T* values = (T*)step.s.mixed + first * mixed;
-    product_to_stream(step, *layer.output, first, rows, values,
-                      [=](long row, T* to) {
-                        if (to != values + row * mixed) memcpy((void*)to, values + row * mixed, (size_t)mixed * sizeof(T));
-                      },
-                      Parts{liushui::kPartOutput, liushui::kPartOutput}, w);
-    product(step, *layer.gate_up, rows, (T*)step.s.normed,
-            norm_of(x + first * hidden, layer.mlp_norm, layer.mlp_eps, hidden),
-            Output{step.s.gate_up, m.type, liushui::kStore, 2 * inner, nullptr, nullptr},
-            Parts{liushui::kPartNorm, liushui::kPartGateUp}, w);
-    w.meet(liushui::kPartGateUp);
-    const T* gate_up = (const T*)step.s.gate_up;
-    product_to_stream(step, *layer.down, first, rows, (T*)step.s.inner,
-                      [=](long row, T* to) {
-                        const long pieces = (inner + kGrain - 1) / kGrain;
-                        const Activate<T> a = {gate_up + row * 2 * inner, to, 1, inner, pieces};
-                        for (long piece = 0; piece < pieces; piece++) activate_task<T, kSiluMul>((void*)&a, piece);
-                      },
-                      Parts{liushui::kPartActivation, liushui::kPartDown}, w);
+    const void* made = product_input(step, *layer.output, rows, (T*)step.s.mixed + first * mixed,
+                                     liushui::kPartOutput, w);
+    product_to_stream(step, *layer.output, first, rows, made, liushui::kPartOutput, w);
+    const auto norm = norm_of(x + first * hidden, layer.mlp_norm, layer.mlp_eps, hidden);
+    made = product_input(step, *layer.gate_up, rows, normed, norm, liushui::kPartNorm, w);
+    made = gated_input(step, layer, rows, made, w);
+    product_to_stream(step, *layer.down, first, rows, made, liushui::kPartDown, w);
   }
 }
 
@@ -314,14 +368,9 @@ void choose_tokens(Step<T>& step, Worker& w) {
   const long count = b.num_tokens;
   for (long row = 0; row < count; row++)
     step.s.best[w.index * count + row] = Best{-__builtin_inff(), INT32_MAX, 0};
-  T* hidden = (T*)b.hidden;
-  const long width = step.m.hidden;
-  product(step, *step.m.head, count, hidden,
-          [=](long row, T* to) {
-            if (to != hidden + row * width) memcpy((void*)to, hidden + row * width, (size_t)width * sizeof(T));
-          },
-          Output{nullptr, step.m.type, liushui::kHand, 0, keep_best<T>, &step},
-          Parts{liushui::kPartHead, liushui::kPartHead}, w);
+  const void* made = product_input(step, *step.m.head, count, (T*)b.hidden, liushui::kPartHead, w);
+  product(step, *step.m.head, count, made, Output{nullptr, step.m.type, liushui::kHand, 0, keep_best<T>, &step},
+          liushui::kPartHead, w);
   w.meet(liushui::kPartHead);
   const Deal mine = deal(count, w);
   for (long row = mine.begin; row < mine.end; row++) {
@@ -345,7 +394,7 @@ void step_body(void* context, int worker, int workers) {
   const StepBatch& b = step.b;
   const long width = step.m.hidden;
   int64_t* times = b.times ? b.times + 2L * liushui::kParts * worker : nullptr;
-  Worker w = {worker, workers, times, times ? Worker::now() : 0};
+  Worker w = {worker, workers, times, times ? Worker::now() : 0, 0};
   for (long layer = 0; layer < step.m.num_layers; layer++) layer_forward(step, layer, w);
   const Deal mine = deal(b.num_wanted, w);
   for (long i = mine.begin; i < mine.end; i++)
@@ -400,10 +449,13 @@ int run_step(int threads, const StepModel& m, const StepBatch& b) {
     if (b.wanted[i] < 0 || b.wanted[i] >= b.rows) return 1;
   if (b.rows == 0) return 0;
   Plans plans = {};
+  const long products = m.num_layers * (1 + (b.rows + kStepRows - 1) / kStepRows * 4);
+  const size_t plan_bytes = (size_t)m.num_layers * sizeof(liushui::AttentionPlan);
+  const size_t taken_bytes = (size_t)(2 * m.num_layers + products) * sizeof(int32_t);
   liushui::AttentionPlan* of_layer =
-      (liushui::AttentionPlan*)liushui::scratch(liushui::kPlans, (size_t)m.num_layers * (sizeof *of_layer + 8));
+      (liushui::AttentionPlan*)liushui::scratch(liushui::kPlans, plan_bytes + taken_bytes);
   int32_t* taken = (int32_t*)(of_layer + m.num_layers);
-  memset(taken, 0, (size_t)m.num_layers * 8);
+  memset(taken, 0, taken_bytes);
   long most_partials = 0;
   for (long i = 0; i < m.num_layers; i++) {
     int index;
@@ -415,7 +467,8 @@ int run_step(int threads, const StepModel& m, const StepBatch& b) {
   if (most_partials)
     partials = (float*)liushui::scratch(
         liushui::kShared, (size_t)(most_partials * (round_up(m.head_dim, W) + 2)) * sizeof(float));
-  Step<T> step = {m, b, divide(m, b.rows, b.num_tokens, threads, (char*)b.memory), threads, of_layer, partials, taken, 0};
+  Step<T> step = {m, b, divide(m, b.rows, b.num_tokens, threads, (char*)b.memory), threads, of_layer, partials, taken,
+                  taken + 2 * m.num_layers, 0};
   liushui::region(threads, step_body<T>, &step);
   return step.bad;
 }
