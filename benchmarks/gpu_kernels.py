@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from liushui.kernels.triton import attention, products
+from liushui.kernels.triton import attention, products, vendor
 from liushui.kernels.triton.ops import TritonOps
 from liushui.kernels.triton.products import Tiles
 
@@ -76,13 +76,12 @@ def measure_products(names: Sequence[str]) -> None:
         outputs, k = SHAPES[name]
         copies = max(1, min(24, int(400e6 / (outputs * k * 2))))
         weights = [torch.randn(outputs, k, device=DEVICE, dtype=torch.bfloat16) * 0.02 for _ in range(copies)]
-        certificate = products.Certificate()
-        kept = [m for m in (*products.BUCKETS[:30], 2048, 8192) if certificate.allows(m, weights[0], None)]
-        refused = sorted(set(certificate.verdicts) - set(kept))
+        certificate = vendor.Certificate()
+        refused = [m for m in (*products.BUCKETS[:30], 2048, 8192) if not certificate.product(m, weights[0], None)]
         x = torch.randn(256, k, device=DEVICE, dtype=torch.bfloat16)
         whole = products.product(x, weights[0], None, False, products.REFERENCE)
         for m in (1, 16, 64):
-            vendor = timed([lambda w=w, m=m: F.linear(x[:m], w) for w in weights])
+            first = timed([lambda w=w, m=m: F.linear(x[:m], w) for w in weights])
             best = {}
             for bn, bk, warps, stages in SMALL if m <= 16 else LARGE:
                 if bk > k:
@@ -94,7 +93,7 @@ def measure_products(names: Sequence[str]) -> None:
             ordered = sorted(best, key=lambda t: best[t][0])[:3]
             gb = outputs * k * 2 / 1e9
             say(
-                product=name, m=m, vendor_us=round(vendor * 1e3, 1), vendor_TB_s=round(gb / vendor, 2),
+                product=name, m=m, vendor_us=round(first * 1e3, 1), vendor_TB_s=round(gb / first, 2),
                 own=[(*(getattr(t, f) for f in t.__slots__), round(best[t][0] * 1e3, 1)) for t in ordered],
                 own_TB_s=round(gb / best[ordered[0]][0], 2), all_same=all(s for _, s in best.values()),
                 differ=[str(t) for t in best if not best[t][1]][:3],

@@ -34,7 +34,11 @@ def engine(model: Any, device: str) -> LLM:
     return LLM.from_engine(join(config, runner, tokenizer), tokenizer, config)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+# Tables of angles are made on the processor: one family with other ones is enough.
+FAMILIES = [family for family in tiny.FAMILIES if not family.startswith("llama-") or family == "llama-bias"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_answers_as_on_the_processor_and_as_hugging_face(family: str) -> None:
     model = tiny.oracle(family, 5, vocab_size=VOCAB_SIZE)
     here, there = engine(model, "cpu"), engine(model, "cuda")

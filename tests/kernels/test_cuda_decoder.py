@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from liushui.kernels.cuda import CudaUnavailableError, nvrtc
+from liushui.kernels.cuda import CudaUnavailableError, decoder, nvrtc
 from liushui.kernels.cuda.decoder import Decoder, Layer, Shape
 from liushui.kernels.reference import TorchOps
 
@@ -116,10 +116,11 @@ def close(got: torch.Tensor, want: torch.Tensor) -> bool:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(Shape(512, 512, 8, 4, 64, True, 1, 2, 16), [130], 3, 17),
-        Case(Shape(512, 512, 4, 1, 128, False, 1, 2, 64), [545], 2, 16),
+        Case(Shape(512, 512, 8, 4, 64, True, 1, 2, 16), [130], 3, 19),
+        Case(Shape(512, 512, 4, 1, 128, False, 1, 2, 64), [545], 2, 18),
+        Case(Shape(1024, 512, 8, 2, 64, True, 1, 1, 64), [7], 8, 18),
     ],
-    ids=["one split", "two splits"],
+    ids=["one split", "two splits", "all warps with two tiles"],
 )
 def test_all_layers_on_an_emulated_gpu(case: Case, tmp_path: Path) -> None:
     run = emulated(case, tmp_path)
@@ -141,10 +142,10 @@ def test_all_layers_on_an_emulated_gpu(case: Case, tmp_path: Path) -> None:
 def test_shapes_that_have_no_kernel_are_refused() -> None:
     fits = Shape(1024, 3072, 16, 8, 128, True, 1, 28, 64)
     assert fits.refusal() is None
-    assert fits.defines()["SLOTS"] >= 16
+    assert fits.defines()["SLOTS"] >= decoder.MIN_SLOTS
     for change, word in (
         ({"hidden": 1000}, "512"), ({"dim": 96, "heads": 32}, "96"), ({"layers": 127}, "127"), ({"block": 8}, "8"),
-        ({"kv_heads": 1, "heads": 16}, "16 / 1"),
+        ({"kv_heads": 1, "heads": 16}, "16 / 1"), ({"inner": 2**16}, "memory"),
     ):  # fmt: skip
         assert word in (Shape(**{**fits.__dict__, **change}).refusal() or "")
 

@@ -1,9 +1,10 @@
 """Steps on a CUDA device: staged in one copy, run as a CUDA graph, chosen tokens kept there for the next step.
 
-A step's launches depend on its `StepShape` only. The first step of a shape runs kernel by kernel, the second is
-captured, and all later ones are replayed. `start` returns before the device has begun; the tokens come back with
-`DeviceStep.result`. Sequences whose logits are adjusted by what was generated before (penalties, banned stops) make the
-step wait for the ones before it.
+A step's launches depend on its `StepShape` only. The first two steps of a shape run kernel by kernel; while the device
+is at the second, the host captures it, and all later ones are replayed. The largest steps keep the device busy for
+longer than the host needs to launch them: they are not captured. `start` returns before the device has begun; the
+tokens come back with `DeviceStep.result`. Sequences whose logits are adjusted by what was generated before (penalties,
+banned stops) make the step wait for the ones before it.
 """
 
 from collections import deque
@@ -14,6 +15,7 @@ import torch
 
 from liushui.core.plan import PlanItem, StepPlan, StepResult, TokenLogprobs
 from liushui.kernels.triton import products, sampling
+from liushui.kernels.triton.common import Kernel
 from liushui.kernels.triton.ops import TritonOps
 from liushui.layers.batch import KVCache
 from liushui.layers.experts import Experts
@@ -26,7 +28,9 @@ from liushui.runner.state import SequenceState
 
 NOT_FINITE = "the model gave logits that are not finite (NaN or infinity)"
 MAX_GRAPHS = 256
-_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+GRAPH_VALUES = 2**24
+"""Most hidden values (rows times hidden size) of a step that is captured: some 40 ms on an H100."""
+_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 """Padded numbers of sequences of a step that also feeds prompts."""
 _PROMPT_ROWS = 64
 """Rows whose prompt log-probabilities are made at once."""
@@ -134,7 +138,8 @@ class DeviceSteps:
         if any(isinstance(getattr(layer, "mlp", None), Experts) for layer in getattr(model, "layers", ())):
             self.graph_failure = "the host picks the experts"
         self._seen: set[StepShape] = set()
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        if device.type == "cuda":
+            self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._feed = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
         self._back = [torch.zeros(sequences, dtype=torch.int32, pin_memory=pinned) for _ in range(RING)]
@@ -184,23 +189,37 @@ class DeviceSteps:
         return StepShape(bucket(max(rows, sequences + 1), products.BUCKETS), sequences, width, limited)
 
     def _run(self, shape: StepShape) -> Outputs:
-        if shape not in self.graphs and self.device.type == "cuda":
-            if shape in self._seen and len(self.graphs) < MAX_GRAPHS and self.graph_failure is None:
-                self._capture(shape)
-            self._seen.add(shape)
         if shape in self.graphs:
             graph, out = self.graphs[shape]
             graph.replay()
             return out
-        return self.compute(shape)
+        out = self.compute(shape)
+        if Kernel.coming and shape.rows > shape.sequences:  # a kernel may be standing in for one that is being compiled
+            return out
+        if shape in self._seen and len(self.graphs) < MAX_GRAPHS and self.graph_failure is None:
+            self._capture(shape)
+        if self.device.type == "cuda" and out.hidden.numel() <= GRAPH_VALUES:
+            self._seen.add(shape)
+        return out
 
     def _capture(self, shape: StepShape) -> None:
-        """Capture the step; a model that asks the host in between cannot be captured, and runs kernel by kernel."""
-        torch.cuda.synchronize()
+        """Capture the step; a model that asks the host in between cannot be captured, and runs kernel by kernel.
+
+        Not by `torch.cuda.graph`, which would wait for the device and give back the memory of the steps in between.
+        """
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                out = self.compute(shape)
+            with torch.cuda.stream(self._side):
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    out = self.compute(shape)
+                finally:
+                    graph.capture_end()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()  # for the next time
+            if not self.graphs:  # a pool ends with its last graph
+                self._pool = torch.cuda.graph_pool_handle()
+            return
         except RuntimeError as error:
             self.graph_failure = str(error).splitlines()[0]
             return

@@ -2,14 +2,16 @@
 
 A model of the same sizes is built from tensors that have no storage, and steps of several sizes run through it:
 launches become compilations (`kernels.triton.common.Kernel`), which Triton hands to threads. Nothing is computed, and
-what was not met here is compiled at its first use, as ever.
+what was not met here is compiled at its first use, as ever. A model is ready when one sequence can be answered; what
+other steps need is compiled beside its first answers.
 """
 
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ from liushui.kernels.linear import cancelling
 from liushui.kernels.ops import PackedLinear
 from liushui.kernels.policy import KernelPolicy, Linear
 from liushui.kernels.triton import products
-from liushui.kernels.triton.common import INTERPRETED
+from liushui.kernels.triton.common import INTERPRETED, Kernel
 from liushui.kernels.triton.ops import TritonOps
 from liushui.layers.batch import KVCache
 from liushui.layers.blocks import Then
@@ -78,32 +80,36 @@ class BarePolicy(KernelPolicy):
 
 
 class CompileOnly(TritonOps):
-    """The operations on tensors without storage: of a product both kernels that may serve are compiled."""
+    """The operations on tensors without storage. Of a product what a certificate needs, and the own kernel where it is
+    the first choice or `refused` says that the vendor's does not serve."""
+
+    refused = False
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
         weight, rows = packed.data, x.shape[0]
-        if not products.own_is_faster(rows, *weight.shape):
-            products.product(x[:_TRIAL_ROWS], weight, bias, False, _reference(weight))  # the certificate's
+        if not self.refused and not products.own_is_faster(rows, *weight.shape):
+            products.product(x[:_TRIAL_ROWS], weight, bias, False, products.reference_tiles(weight))
+            return x.new_empty(rows, weight.shape[0])
         return products.product(x, weight, bias, self.chained)
-
-
-def _reference(weight: Tensor) -> products.Tiles | None:
-    return None if weight.dtype == torch.float32 else products.REFERENCE
 
 
 def distinct(layers: Sequence[Any]) -> list[Any]:
     """The first of each kind of layer: the others launch the same kernels."""
     kinds: dict[Any, Any] = {}
     for layer in layers:
-        attention = layer.attention
-        while isinstance(attention, Then):
-            attention = attention.first
-        kinds.setdefault((attention.shape, type(getattr(layer, "mlp", None))), layer)
+        kinds.setdefault((innermost(layer.attention).shape, type(getattr(layer, "mlp", None))), layer)
     return list(kinds.values())
 
 
+def innermost(attention: Any) -> Any:
+    """Without what comes after it."""
+    while isinstance(attention, Then):
+        attention = attention.first
+    return attention
+
+
 def shapes(largest: StepShape) -> list[StepShape]:
-    """Steps as they come after a start: one sequence decoding, prompts of some lengths, several sequences decoding."""
+    """Steps as they come after a start: a sequence's prompt, then decoding; other prompts; several sequences."""
     width = min(largest.width, 128)
     prompts = [StepShape(rows, 1, width, False) for rows in (256, 1, 64, 32, 16) if rows <= largest.rows]
     return prompts + [StepShape(count, count, width, False) for count in (16, 64, 256) if count <= largest.sequences]
@@ -113,16 +119,21 @@ class Compilers(ThreadPoolExecutor):
     """Threads that compile kernels, and also the small library with which Triton launches each."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(os.cpu_count() or 1, initializer=torch.cuda.set_device, initargs=(device,))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        super().__init__(max(2, cores), initializer=torch.cuda.set_device, initargs=(device,))
+        self.futures: list[Future[Any]] = []
 
     def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
         def ready() -> Any:
+            if not threading.main_thread().is_alive():
+                raise CancelledError("the process ends")
             kernel = compile_kernel()
             if hasattr(kernel, "_init_handles"):
                 kernel._init_handles()
             return kernel
 
-        return super().submit(ready)
+        self.futures.append(super().submit(ready))
+        return self.futures[-1]
 
 
 def wake_vendor(device: torch.device, dtype: torch.dtype) -> None:
@@ -131,8 +142,16 @@ def wake_vendor(device: torch.device, dtype: torch.dtype) -> None:
     torch.equal(torch.nn.functional.linear(x, weight), x)
 
 
+def compilers_key() -> None:
+    """Triton tells its own versions apart by a hash of its whole library, once a process: half a second and more."""
+    with suppress(ImportError):  # a matter of speed alone
+        from triton.runtime.cache import triton_key
+
+        triton_key()
+
+
 class Rehearsal:
-    """Compiles in the background from its creation on; `finish` waits."""
+    """Compiles in the background from its creation on; `first` waits for what one sequence needs, `finish` for all."""
 
     def __init__(
         self,
@@ -144,44 +163,80 @@ class Rehearsal:
         longest: int,
     ) -> None:
         """`longest`: positions of a sequence."""
+        self._key = threading.Thread(target=compilers_key, name="liushui-compiler-key", daemon=True)
+        self._key.start()
         self._checkpoint, self._sizes, self._longest = checkpoint, sizes, longest
         self._dtype, self._device = dtype, device
         self._numerics, self._block_size = config.numerics, config.block_size or GPU_BLOCK_SIZE
         self._largest = StepShape(config.step_tokens, config.seats, -(-longest // self._block_size), False)
         self.note = ""
-        self._thread = threading.Thread(target=self._run, name="liushui-compile", daemon=True)
+        self._first = threading.Event()
+        self._started = time.perf_counter()
+        self._thread = threading.Thread(target=self._run, name="liushui-compile")
         self._thread.start()
 
+    def first(self) -> str:
+        """Wait until one sequence can be answered; returns a line for the start-up report."""
+        self._first.wait()
+        return self.note
+
     def finish(self) -> str:
-        """Wait; returns a line for the start-up report."""
+        """Wait for all; returns the same."""
         self._thread.join()
         return self.note
 
     def _run(self) -> None:
-        started = time.perf_counter()
         try:
             with torch.inference_mode():
                 self._rehearse()
         except Exception as error:  # a model that cannot be played through without values: compiled at first use
             self.note = f"kernels are compiled at first use ({repr(error)[:120]})"
-        else:
-            self.note = f"kernels of the first steps: {time.perf_counter() - started:.2f} s, beside the weights"
+        finally:
+            Kernel.coming.clear()
+            self._first.set()
 
     def _rehearse(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         steps = self.steps()
         if INTERPRETED:
-            self._play(steps)
+            self._play(steps, shapes(self._largest))
+            self._say()
             return
+        self._key.join()
         with Compilers(self._device) as pool:
             pool.submit(partial(wake_vendor, self._device, self._dtype))
             pool.submit(steps.one_row.prepare)
             with triton.AsyncCompileMode(pool):
-                self._play(steps)
+                known, ops = shapes(self._largest), steps.ops
+                roles = ops._prefill
+                ops._prefill = None  # the plain kernel, which takes less to compile, serves at first
+                self._attend(steps, known[0])
+                self._play(steps, known[:1])
+                needed = list(pool.futures)
+                self._play(steps, known[1:2])
+                ops._prefill = roles
+                self._attend(steps, known[0])
+                self._play(steps, known[1:])
+                ops.refused = True  # type: ignore[attr-defined]
+                self._play(steps, known[:1])
+                wait(needed)
+                self._say()
+                self._first.set()
 
-    def _play(self, steps: DeviceSteps) -> None:
-        for shape in shapes(self._largest):
+    def _say(self) -> None:
+        self.note = f"kernels of the first steps: {time.perf_counter() - self._started:.2f} s, beside the weights"
+
+    def _attend(self, steps: DeviceSteps, shape: StepShape) -> None:
+        """Attention's kernels: they take the longest, so they are the first to be compiled."""
+        _, batch, _ = steps.staging.tensors(shape)
+        for layer in steps.model.layers:  # type: ignore[attr-defined]
+            attention = innermost(layer.attention)
+            qkv = torch.empty(shape.rows, sum(attention.shape.qkv_rows), dtype=self._dtype, device=META)
+            attention.mix(qkv, 0, steps.kv, batch)
+
+    def _play(self, steps: DeviceSteps, which: Iterable[StepShape]) -> None:
+        for shape in which:
             steps.compute(shape)
 
     def steps(self) -> DeviceSteps:

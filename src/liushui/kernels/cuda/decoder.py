@@ -19,6 +19,8 @@ SPAN, UNIT, PIECE = 512, 32, 512
 SHARED_BYTES = 232_448
 """Of a Hopper multiprocessor."""
 MAX_LAYERS = 126
+MIN_SLOTS = 18
+"""A warp awaits its next two tiles while it holds two, and those of seven others lie between."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Shape:
             return f"heads {self.heads} / {self.kv_heads} x {self.dim}"
         if self.block < 16 or self.block & (self.block - 1) or self.layers > MAX_LAYERS or not 1 <= self.rows <= 8:
             return f"{self.layers} layers, blocks of {self.block}, {self.rows} rows"
-        return None if self.slots() >= 16 else "shared memory is too small"
+        return None if self.slots() >= MIN_SLOTS else "shared memory is too small"
 
     def defines(self) -> dict[str, int]:
         return {

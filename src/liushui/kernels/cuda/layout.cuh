@@ -18,7 +18,7 @@ constexpr int WIDEST = (INNER > QUERY ? INNER : QUERY) > HIDDEN ? (INNER > QUERY
 constexpr int HALF = DIM / 2;
 #define MINUS_INFINITY __int_as_float(0xFF800000)
 static_assert(HIDDEN % PIECE == 0 && INNER % PIECE == 0 && QUERY % PIECE == 0, "rows are cut in whole pieces");
-static_assert(SLOTS >= 2 * WARPS, "a warp's next tile is at most one round of the ring ahead of those in flight");
+static_assert(SLOTS >= 2 * WARPS + 2, "a warp awaits its next two tiles while it holds two, with those of seven others between");
 static_assert(QKV % 8 == 0 && GROUP <= 8 && (DIM == 64 || DIM == 128) && ROWS <= 8 && BLOCK >= 16, "shape");
 static_assert(SLOT_BYTES % 128 == 0, "a box starts at a multiple of 128 bytes");
 

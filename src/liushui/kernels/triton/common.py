@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -29,13 +30,33 @@ def options(chained: bool, num_warps: int, num_stages: int = 2) -> dict[str, Any
 class Kernel:
     """A kernel to launch as Triton's own, `kernel[grid](...)`; given tensors on the meta device, only compiled."""
 
+    coming: ClassVar[dict[tuple[Any, ...], list[Any]]] = {}
+    """Compilations under way on other threads, by `_key`: a launch waits for its own."""
+
     def __init__(self, function: Any) -> None:
         self.function = function
+
+    def _key(self, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
+        """What tells this kernel's compilations apart: the constants, and which integers are 1, where that matters."""
+        given = zip(self.function.params, arguments, strict=False)
+        ones = tuple(x == 1 for parameter, x in given if type(x) is int and not parameter.do_not_specialize)
+        return id(self), tuple(constants.items()), ones
+
+    def ready(self, *arguments: Any, **constants: Any) -> bool:
+        """Whether a launch would not have to wait for a compilation under way."""
+        return all(kernel.future.done() for kernel in self.coming.get(self._key(arguments, constants), ()))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def launch(*arguments: Any, **constants: Any) -> Any:
             if arguments[0].is_meta:
-                return self.function.warmup(*arguments, grid=grid, **constants)
+                compiled = self.function.warmup(*arguments, grid=grid, **constants)
+                if hasattr(compiled, "result"):
+                    self.coming.setdefault(self._key(arguments, constants), []).append(compiled)
+                return compiled
+            if self.coming:
+                for kernel in self.coming.pop(self._key(arguments, constants), ()):
+                    with suppress(Exception):  # it comes again, by name, where it is compiled for the launch
+                        kernel.result()
             return self.function[grid](*arguments, **constants)
 
         return launch

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from liushui.kernels.ops import PackedLinear
 from liushui.kernels.quantised import Quantised
-from liushui.kernels.triton import attention, cache, common, products, rotate, rows
+from liushui.kernels.triton import attention, cache, common, products, rotate, rows, vendor
 
 _FUSED_NORM = 2048
 """Longest row whose norm is formed within the product: each program forms it again."""
@@ -25,7 +25,7 @@ class TritonOps:
         self._prefill = _warp_roles(device)
         self.note = "Triton kernels" + (", warps with roles for prompts' attention" if self._prefill else "")
         self._arrived = torch.zeros(max_num_seqs * 256, dtype=torch.int32, device=device)
-        self.certificates: dict[tuple[int, int, torch.dtype, bool], products.Certificate] = {}
+        self.certificates: dict[tuple[int, int, torch.dtype, bool], vendor.Certificate] = {}
         # The vendor's products must not round partial sums to 16 bits: the certificates would refuse them all.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -60,9 +60,9 @@ class TritonOps:
             attention.decode(shape, *batch, self._arrived, self.chained)
             if qkv.shape[0] == seq_lens.shape[0]:  # every sequence feeds one token
                 return out
-            if self._prefill is not None and self._prefill.serves(shape, qkv.dtype, window):
-                self._prefill.prefill(shape, *batch[:-1], self.chained)
-            else:
+            roles = self._prefill
+            served = roles is not None and roles.serves(shape, qkv.dtype, window)
+            if not served or not roles.prefill(shape, *batch[:-1], self.chained):  # False: still to be compiled
                 attention.chunks(shape, *batch, self.chained)
         return out
 
@@ -85,10 +85,10 @@ class TritonOps:
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
         weight, rows = packed.data, x.shape[0]
-        if not products.own_is_faster(rows, *weight.shape) and self.certificate(weight, bias).allows(
-            rows, weight, bias
-        ):
-            return torch.nn.functional.linear(x, weight, bias)
+        if not products.own_is_faster(rows, *weight.shape):
+            vendors = self.certificate(weight, bias).product(rows, weight, bias, self.chained)
+            if vendors is not None:
+                return vendors(x, weight, bias)
         return products.product(x, weight, bias, self.chained)
 
     def embed(self, ids: Tensor, packed: PackedLinear, dtype: torch.dtype) -> Tensor:
@@ -116,9 +116,9 @@ class TritonOps:
         """residual += `linear(x)`, in place."""
         products.product(x, packed.data, bias, self.chained, residual=residual)
 
-    def certificate(self, weight: Tensor, bias: Tensor | None) -> products.Certificate:
+    def certificate(self, weight: Tensor, bias: Tensor | None) -> vendor.Certificate:
         key = (*weight.shape, weight.dtype, bias is not None)
-        return self.certificates.setdefault(key, products.Certificate())
+        return self.certificates.setdefault(key, vendor.Certificate())
 
     def report(self) -> list[str]:
         """One line for each weight shape: which row counts the vendor's product serves."""

@@ -284,14 +284,19 @@ def _bulk(shape: attention.Shape, cache: torch.Tensor) -> TensorDescriptor:
 def prefill(
     shape: attention.Shape, qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor,
     query_start: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, scale: float, chained: bool,
-) -> None:  # fmt: skip
-    """`attention.chunks`, where `serves`."""
+) -> bool:  # fmt: skip
+    """`attention.chunks`, where `serves`; False, and nothing done, while the kernel is being compiled."""
     sequences, width = block_table.shape
     padded_group = triton.next_power_of_2(shape.group)
     tokens = 2 * ROWS // padded_group
+    constants = {
+        "HQ": shape.num_heads, "HK": shape.num_kv_heads, "D": shape.head_dim, "GP": padded_group,
+        "BS": shape.block_size, "BQ": tokens, "SPAN": attention.SPLIT, "STAGES": STAGES, "PDL": chained,
+        "num_warps": 4, **({"launch_pdl": True} if chained else {}),
+    }  # fmt: skip
     k, v = _bulk(shape, k_cache), _bulk(shape, v_cache)
-    _prefill[(shape.num_kv_heads, qkv.shape[0] // tokens + sequences)](
-        qkv, k, v, out, query_start, seq_lens, block_table, sequences, width, scale * attention.LOG2E,
-        HQ=shape.num_heads, HK=shape.num_kv_heads, D=shape.head_dim, GP=padded_group, BS=shape.block_size, BQ=tokens,
-        SPAN=attention.SPLIT, STAGES=STAGES, PDL=chained, num_warps=4, **({"launch_pdl": True} if chained else {}),
-    )  # fmt: skip
+    arguments = (qkv, k, v, out, query_start, seq_lens, block_table, sequences, width, scale * attention.LOG2E)
+    if not qkv.is_meta and not _prefill.ready(*arguments, **constants):
+        return False
+    _prefill[(shape.num_kv_heads, qkv.shape[0] // tokens + sequences)](*arguments, **constants)
+    return True

@@ -11,7 +11,7 @@ import triton.language as tl
 from liushui.kernels.triton.common import INTERPRETED, Kernel, begin, options
 
 _PIECE = 4096
-"""Logits of one row that one program looks at."""
+"""Logits of one row that one program looks at at once."""
 _BLOCK = 8192
 _NONE: tl.constexpr = tl.constexpr(2**31 - 1)
 
@@ -48,32 +48,38 @@ def gumbel(first, second, tokens):
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def _pick(
     logits, keys, temperatures, limits, scores, tokens, vocab, pieces,
-    LIMITED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    LIMITED: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best token of one piece of one row, and its score; a piece that is not finite says so with token -1."""
     row, piece = tl.program_id(0), tl.program_id(1)
-    ids = piece * BLOCK + tl.arange(0, BLOCK)
     begin(PDL)
-    value = tl.load(logits + row.to(tl.int64) * vocab + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-    broken = tl.max(((value != value) | (value == float("inf"))).to(tl.int32), 0)
     temperature = tl.load(temperatures + row)
-    if temperature > 0:
-        value = value / temperature
-        if LIMITED:
-            value = tl.where(value >= tl.load(limits + row), value, float("-inf"))
-        first, second = tl.load(keys + 2 * row).to(tl.uint32, bitcast=True), tl.load(keys + 2 * row + 1)
-        value += gumbel(first, second.to(tl.uint32, bitcast=True), ids)
-    best = tl.max(value, 0)
-    token = tl.min(tl.where(value == best, ids, _NONE), 0)
-    tl.store(scores + row * pieces + piece, best)
-    tl.store(tokens + row * pieces + piece, tl.where(broken > 0, -1, token))
+    first, second = tl.load(keys + 2 * row).to(tl.uint32, bitcast=True), tl.load(keys + 2 * row + 1)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    token = tl.full((BLOCK,), _NONE, tl.int32)
+    spoiled = tl.zeros((BLOCK,), tl.float32)
+    for i in range(LOOPS):
+        ids = (piece * LOOPS + i) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(logits + row.to(tl.int64) * vocab + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        spoiled = tl.where(value < float("inf"), spoiled, 1.0)
+        if temperature > 0:
+            value = value / temperature
+            if LIMITED:
+                value = tl.where(value >= tl.load(limits + row), value, float("-inf"))
+            value += gumbel(first, second.to(tl.uint32, bitcast=True), ids)
+        better = value > best  # of equals the first: ids ascend
+        best, token = tl.where(better, value, best), tl.where(better, ids, token)
+    top = tl.max(best, 0)
+    tl.store(scores + row * pieces + piece, top)
+    winner = tl.min(tl.where(best == top, token, _NONE), 0)
+    tl.store(tokens + row * pieces + piece, tl.where(tl.max(spoiled, 0) > 0, -1, winner))
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def _settle(scores, tokens, chosen, feed, places, pieces, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """The best piece's token; -1 if the row is not finite. Also to feed[place], for the step that follows."""
     row = tl.program_id(0)
@@ -206,17 +212,19 @@ def pick(
     temperatures [R] float32, 0 for greedy; limits [R] float32: the smallest logit / temperature to choose from.
     """
     rows, vocab = logits.shape
-    pieces = triton.cdiv(vocab, _PIECE)
+    loops = 4 if rows > 32 else 1  # few rows: more programs
+    pieces = triton.cdiv(vocab, _PIECE * loops)
     scores = torch.empty(rows * pieces, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(rows * pieces, dtype=torch.int32, device=logits.device)
     chosen = torch.empty(rows, dtype=torch.int32, device=logits.device)
     _pick[(rows, pieces)](
         logits, keys, temperatures, limits if limits is not None else temperatures, scores, tokens, vocab, pieces,
-        LIMITED=limits is not None, BLOCK=_PIECE, **options(chained, 8),
+        LIMITED=limits is not None, BLOCK=_PIECE, LOOPS=loops, **options(chained, 8),
     )  # fmt: skip
     _settle[(rows,)](
-        scores, tokens, chosen, feed, places, pieces, BLOCK=triton.next_power_of_2(pieces), **options(chained, 1)
-    )
+        scores, tokens, chosen, feed, places, pieces, BLOCK=triton.next_power_of_2(triton.cdiv(vocab, _PIECE)),
+        **options(chained, 1),
+    )  # fmt: skip
     return chosen
 
 

@@ -1,0 +1,242 @@
+"""The vendor's product where it sums in the own kernel's order: its first choice, or a faster one of its algorithms.
+
+cuBLAS picks an algorithm by the number of rows. Its pick may split K, and need not be its fastest. So those it offers
+are tried on this machine, for each weight shape and row count: certified are those that give the own kernel's bits on
+sums that cancel (`linear.cancelling`), and the fastest of them serves. Which one that is cannot be seen in an answer.
+
+cuBLASLt (https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api) is called by ctypes in the copy that torch has
+loaded. Where it cannot be had, there is the first choice alone.
+"""
+
+import ctypes
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from liushui.kernels.linear import cancelling
+from liushui.kernels.triton import products
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(x [M, K], weight [N, K], bias [N] or None) -> [M, N]."""
+
+OFFERS = 8
+"""Algorithms asked for; cuBLASLt sorts them by its own estimate."""
+TRIED_OUTPUTS = 2**16
+"""Products of more outputs, the heads, run once a step and take the time of their weights: the first choice serves."""
+OWN_ROWS = 64
+"""Most rows for which the own kernel may be faster than an algorithm that is not the first choice (H100)."""
+WORTH = 0.97
+"""The share of the first choice's time below which another algorithm is taken."""
+_TRIAL_ROWS = 64
+"""Different rows in a trial; larger ones repeat them."""
+_SAMPLE_ROWS = 256
+_CACHE_BYTES = 2**27
+"""Written before each timed product, so that its weights come from memory, as they do in a step."""
+_ALIGNED = 256
+"""Bytes: what cuBLASLt's offers take for granted of addresses; torch's allocations begin so."""
+# Of cublasLt.h, library_types.h and cublas_api.h.
+_COMPUTE_32F, _R_32F, _TRANSPOSED = 68, 0, 1
+_DESC_TRANSA, _PREF_WORKSPACE, _PREF_REDUCTIONS = 3, 1, 3
+_TYPES = {torch.bfloat16: 14, torch.float16: 2}
+
+
+class _Offer(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t."""
+
+    _fields_ = [
+        ("algorithm", ctypes.c_uint64 * 8), ("workspace", ctypes.c_size_t), ("state", ctypes.c_int),
+        ("waves", ctypes.c_float), ("reserved", ctypes.c_int * 4),
+    ]  # fmt: skip
+
+
+class Library:
+    """cuBLASLt and a handle of its own on the current device."""
+
+    def __init__(self) -> None:
+        """Raises `OSError` where the library cannot be had."""
+        if torch.version.cuda is None:
+            raise OSError("torch was built without CUDA")
+        lib: Any = ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.partition('.')[0]}")
+        pointer = ctypes.c_void_p
+        lib.cublasLtMatmul.argtypes = [pointer] * 14 + [ctypes.c_size_t, pointer]
+        self.lib, self.matmul = lib, lib.cublasLtMatmul
+        self.handle = self._made(lib.cublasLtCreate)
+        self.one, self.zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+
+    def _made(self, call: Any, *arguments: Any) -> ctypes.c_void_p:
+        found = ctypes.c_void_p()
+        _check(call(ctypes.byref(found), *arguments))
+        return found
+
+    def _matrix(self, kind: int, rows: int, columns: int) -> ctypes.c_void_p:
+        """Stored by columns, as this library sees a tensor's rows."""
+        sizes = ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(rows)
+        return self._made(self.lib.cublasLtMatrixLayoutCreate, kind, *sizes)
+
+    def offers(self, rows: int, weight: torch.Tensor) -> list["Algorithm"]:
+        """For x [rows, K] @ weight.T, those that need no memory and do not add up parts of K, the likeliest first."""
+        lib, kind, (n, k) = self.lib, _TYPES[weight.dtype], weight.shape
+        how = self._made(lib.cublasLtMatmulDescCreate, _COMPUTE_32F, _R_32F)
+        preference = self._made(lib.cublasLtMatmulPreferenceCreate)
+        flag, none, room = ctypes.c_int32(_TRANSPOSED), ctypes.c_uint32(0), ctypes.c_uint64(0)
+        _check(lib.cublasLtMatmulDescSetAttribute(how, _DESC_TRANSA, ctypes.byref(flag), ctypes.c_size_t(4)))
+        set_preference = lib.cublasLtMatmulPreferenceSetAttribute
+        _check(set_preference(preference, _PREF_WORKSPACE, ctypes.byref(room), ctypes.c_size_t(8)))
+        _check(set_preference(preference, _PREF_REDUCTIONS, ctypes.byref(none), ctypes.c_size_t(4)))
+        shapes = self._matrix(kind, k, n), self._matrix(kind, k, rows), self._matrix(kind, n, rows)
+        found, count = (_Offer * OFFERS)(), ctypes.c_int()
+        status = lib.cublasLtMatmulAlgoGetHeuristic(
+            self.handle, how, *shapes, shapes[2], preference, OFFERS, found, ctypes.byref(count)
+        )
+        lib.cublasLtMatmulPreferenceDestroy(preference)
+        if status:
+            return []
+        return [Algorithm(self, how, shapes, offer.algorithm) for offer in found[: count.value] if offer.state == 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """x @ weight.T for one number of rows and one weight shape, without bias."""
+
+    library: Library
+    how: ctypes.c_void_p
+    shapes: tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    words: Any
+    """cublasLtMatmulAlgo_t."""
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        at, from_x, from_weight = out.data_ptr(), x.data_ptr(), weight.data_ptr()
+        if bias is not None or (from_x | from_weight) % _ALIGNED or not (x.is_contiguous() and weight.is_contiguous()):
+            return products.product(x.contiguous(), weight.contiguous(), bias, False)
+        lib, (left, right, result) = self.library, self.shapes
+        status = lib.matmul(
+            lib.handle, self.how, ctypes.byref(lib.one), from_weight, left, from_x, right,
+            ctypes.byref(lib.zero), at, result, at, result, ctypes.byref(self.words), None, 0,
+            torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+        _check(status)
+        return out
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"cuBLASLt: status {status}")
+
+
+@lru_cache
+def library(device: int) -> Library | None:
+    """cuBLASLt for device number `device`, which must be the current one; None where it cannot be had."""
+    try:
+        return Library()
+    except (OSError, AttributeError, RuntimeError):
+        return None
+
+
+@dataclass(slots=True)
+class Certificate:
+    """By which product each row count of one weight shape is served."""
+
+    choices: dict[int, Product | None] = field(default_factory=dict)
+    """None: by the own kernel."""
+
+    def product(
+        self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None, chained: bool = False
+    ) -> Product | None:
+        """The vendor's product that serves, chosen at the first use of a row count of `products.BUCKETS`."""
+        if rows not in self.choices:
+            self.choices[rows] = choose(rows, weight, bias, chained) if rows in _BUCKETS else None
+        return self.choices[rows]
+
+    def describe(self) -> str:
+        """Row counts seen, as "vendor 96, 256; vendor's other algorithm 128; own 48"."""
+        kinds = ("vendor", "vendor's other algorithm", "own")
+        seen = sorted(self.choices.items())
+        groups = {name: [rows for rows, choice in seen if _kind(choice) == name] for name in kinds}
+        return "; ".join(f"{name} {', '.join(map(str, rows))}" for name, rows in groups.items() if rows)
+
+
+_BUCKETS = frozenset(products.BUCKETS)
+
+
+def _kind(choice: Product | None) -> str:
+    if isinstance(choice, Algorithm):
+        return "vendor's other algorithm"
+    return "own" if choice is None else "vendor"
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The own kernel as a candidate."""
+
+    chained: bool
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return products.product(x, weight, bias, self.chained)
+
+
+def choose(rows: int, weight: torch.Tensor, bias: torch.Tensor | None, chained: bool = False) -> Product | None:
+    """The fastest of the vendor's products that keep the order of sums; None where the own kernel is to serve.
+
+    Also where there is no memory for the trial.
+    """
+    try:
+        few, weight, bias = cancelling(min(rows, _TRIAL_ROWS), weight, bias)
+        x = few.repeat(-(-rows // _TRIAL_ROWS), 1)[:rows].contiguous()
+        parts = [slice(start, start + _SAMPLE_ROWS) for start in {0, max(0, rows - _SAMPLE_ROWS)}]
+        tiles = products.reference_tiles(weight)
+        wanted = [(part, products.product(x[part], weight, bias, False, tiles)) for part in parts]
+
+        def keeps_order(candidate: Product) -> bool:
+            """Of all rows where there are few, of the first and last where many."""
+            try:
+                got = candidate(x, weight, bias)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # an algorithm that does not run here
+                return False
+            return all(torch.equal(got[part], expected) for part, expected in wanted)
+
+        kept: list[Product] = [F.linear] if keeps_order(F.linear) else []
+        kept += [candidate for candidate in _algorithms(rows, weight, bias) if keeps_order(candidate)]
+        if kept and F.linear not in kept and rows <= OWN_ROWS:
+            kept.insert(0, Own(chained))
+        chosen = _fastest(kept, x, weight, bias) if len(kept) > 1 else next(iter(kept), None)
+        return None if isinstance(chosen, Own) else chosen
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _algorithms(rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> list[Algorithm]:
+    """What the vendor offers beside its first choice."""
+    (n, k), dtype = weight.shape, weight.dtype
+    if weight.device.type != "cuda" or bias is not None or dtype not in _TYPES or n % 8 or k % 8 or n > TRIED_OUTPUTS:
+        return []
+    found = library(torch.cuda.current_device())
+    return found.offers(rows, weight) if found is not None else []
+
+
+def _fastest(candidates: list[Product], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    """The fastest on the device; the first, unless another gains something."""
+    cache = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=x.device)
+
+    def milliseconds(candidate: Product) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        start.record()
+        candidate(x, weight, bias)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    times = [min(milliseconds(candidate) for _ in range(2)) for candidate in candidates]
+    # The likeliest once more: a single time may be off.
+    likeliest = sorted(range(len(times)), key=times.__getitem__)[:2]
+    again = {i: statistics.median(milliseconds(candidates[i]) for _ in range(3)) for i in {0, *likeliest}}
+    best = min(again, key=again.__getitem__)
+    return candidates[best] if again[best] < WORTH * again[0] else candidates[0]
