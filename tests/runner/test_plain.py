@@ -10,23 +10,12 @@ import torch
 
 from liushui.config import EngineConfig
 from liushui.core.request import SamplingParams
-from liushui.errors import LiushuiError
 from liushui.kernels.arrays import Array
-from liushui.kernels.ops import load_ops
 from liushui.loading import open_checkpoint
 from liushui.runner.runner import Runner
 from tests.support import gguf_files, tiny
 
-
-def _native() -> bool:
-    try:
-        load_ops("native", 1)
-    except LiushuiError:
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not _native(), reason="the native library is not built")
+pytestmark = pytest.mark.skipif(not tiny.native_is_built(), reason="the native library is not built")
 TYPES = gguf.GGMLQuantizationType
 FAMILIES = [("llama", "llama"), ("llama-tied", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")]
 

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liushui.core.request import SamplingParams
-from liushui.errors import LiushuiError
 from liushui.kernels.native_step import PARTS
 from liushui.kernels.ops import load_ops
 from liushui.runner.host import whole_step
@@ -23,15 +22,7 @@ OTHERS = ["gpt2", "gemma3", "olmo2", "mixtral", "qwen3-moe"]
 GREEDY = SamplingParams(temperature=0)
 
 
-def _native() -> bool:
-    try:
-        load_ops("native", 1)
-    except LiushuiError:
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not _native(), reason="the native library is not built")
+pytestmark = pytest.mark.skipif(not tiny.native_is_built(), reason="the native library is not built")
 
 
 def _pair(family: str, dtype: str = "float32", threads: int = 1, **settings: int) -> tuple[Runner, Runner]:

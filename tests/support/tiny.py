@@ -10,6 +10,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from liushui.config import EngineConfig
 from liushui.core.plan import NewSequence, PlanItem, StepPlan, StepResult
 from liushui.core.request import SamplingParams
+from liushui.kernels.ops import load_native
 from liushui.runner.runner import Runner
 
 COMMON: dict[str, Any] = {
@@ -211,3 +212,8 @@ def check_logprobs(runner: Runner, model: transformers.PreTrainedModel, length: 
         expected = torch.log_softmax(model(torch.tensor([prompt])).logits[0], dim=-1)
     theirs = expected[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(found), theirs, rtol=0, atol=1e-4)
+
+
+def native_is_built() -> bool:
+    """Whether the native library is there."""
+    return load_native(1) is not None

@@ -10,6 +10,7 @@ from liushui.core.request import SamplingParams
 from liushui.engine.llm import LLM
 from liushui.engine.outputs import RequestOutput, TokenLogprob
 from liushui.errors import LiushuiError
+from liushui.kernels.arrays import type_name
 
 Cause = Literal["same", "tie", "numerics", "template", "tokenisation", "bug", "error"]
 FAULTS = ("template", "tokenisation", "bug", "error")
@@ -61,7 +62,7 @@ def limits_of(runner: Any) -> Limits:
     """For what a runner computes with."""
     if getattr(runner, "quantised", False):
         return QUANTISED
-    if str(runner.dtype).endswith("bfloat16"):
+    if type_name(runner.dtype) == "bfloat16":
         return BFLOAT16
     return BLOCKS if getattr(runner, "in_blocks", False) else FLOAT32
 

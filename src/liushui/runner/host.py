@@ -67,7 +67,7 @@ class HostSteps:
     def run(self, plan: StepPlan, states: Mapping[str, SequenceState], model: Model) -> StepResult:
         """One step of `model`: the one that was built, or one that watches it."""
         if self.fresh is not None:
-            self.fresh.used(max(item.block_table[-1] for item in plan.items))
+            self.fresh.used(max((item.block_table[-1] for item in plan.items), default=0))
         packed = pack(plan, self.block_size, self.last_tokens, self.wrap)
         ends = packed.query_start.tolist()
         watched = self.whole is None or model is not self.built

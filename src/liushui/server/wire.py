@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -165,7 +166,7 @@ async def started(request: Request, events: AsyncIterator[Any]) -> AsyncIterator
     return all_events()
 
 
-class Written(Response):
+class Written(ABC, Response):
     """An answer in parts, each of which the client takes within `Visit.write_timeout` seconds, or is given up."""
 
     headers_of_kind: tuple[tuple[bytes, bytes], ...] = ()
@@ -191,9 +192,9 @@ class Written(Response):
             await _cancel(writing, gone)
             await self._close()
 
+    @abstractmethod
     async def _write(self, send: Send) -> None:
         """All of it."""
-        raise NotImplementedError
 
     async def _close(self) -> None:
         """Whatever happened."""
