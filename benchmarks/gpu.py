@@ -4,7 +4,7 @@ Random weights at two published shapes; scheduler and runner in the engine's own
 
 T1  256 requests at once, prompts and answers uniform in [100, 1024], temperature 0.6: output tokens per second
 T2  one sequence, prompt 128, 256 tokens: milliseconds a step
-T3  B sequences, prompt 512: milliseconds a decoding step
+T3  B sequences, prompt 512: milliseconds a decoding step, greedy and at temperature 0.6
 T4  16 prompts of 4,095 tokens: TFLOP/s
 T5  64 greedy answers alone, in company, chunked, preempted, from the prefix cache: how many differ in any bit
 
@@ -288,24 +288,39 @@ def _r(values: Seq[float]) -> list[float]:
     return [round(value, 1) for value in values]
 
 
-def profile(bench: Bench, count: int) -> None:
-    """Where a decoding step's time goes, kernel by kernel."""
+def kernels(bench: Bench, count: int, new: int) -> tuple[dict[str, tuple[float, int]], float]:
+    """{kernel: (microseconds, launches)} of `count` sequences' prompts and `new` tokens; ms of a decoding step."""
     from torch.profiler import ProfilerActivity, profile
 
     params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=None)
-    for _ in range(2):
-        requests = [bench.request(bench.prompt(512, i), 24, params, seed=i) for i in range(count)]
-        bench.serve(requests)
-    requests = [bench.request(bench.prompt(512, i), 24, params, seed=i) for i in range(count)]
+
+    def serve() -> Run:
+        return bench.serve([bench.request(bench.prompt(512, i), new, params, seed=i) for i in range(count)])[0]
+
+    for _ in range(2):  # the first captures the graphs
+        run = serve()
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
-        run, _ = bench.serve(requests)
-    decoding = sum(end[1] for end in run.ends)
-    rows = sorted(prof.key_averages(), key=lambda row: -row.self_device_time_total)
-    total = sum(row.self_device_time_total for row in rows)
-    say(profile=count, decode_steps=decoding, busy_ms=round(total / 1e3, 2), kernels=sum(row.count for row in rows))
-    for row in rows[:16]:
-        us = row.self_device_time_total
-        say(us=round(us), count=row.count, mean=round(us / row.count, 2), kernel=row.key[:70])
+        serve()
+    return {row.key: (row.self_device_time_total, row.count) for row in prof.key_averages()}, run.decode_ms(skip=2)
+
+
+def profile(bench: Bench, count: int, short: int = 8, long: int = 40) -> None:
+    """Where a decoding step's time goes: what `long` answers take more than `short` ones, a step."""
+    before, _ = kernels(bench, count, short)
+    after, step_ms = kernels(bench, count, long)
+    steps, found = long - short, []
+    for key, (us, launches) in after.items():
+        less_us, less = before.get(key, (0.0, 0))
+        if launches > less:
+            found.append(((us - less_us) / steps, (launches - less) / steps, key))
+    busy, launches = sum(us for us, _, _ in found) / 1e3, sum(n for _, n, _ in found)
+    layers = bench.costs.config["num_hidden_layers"]
+    say(
+        profile=count, step_ms=round(step_ms, 3), busy_ms=round(busy, 3), busy_share=round(busy / step_ms, 3),
+        kernels=round(launches, 1), kernels_a_layer=round(sum(n for _, n, _ in found if n >= layers) / layers, 2),
+    )  # fmt: skip
+    for us, launches, key in sorted(found, reverse=True)[:14]:
+        say(us_a_step=round(us, 1), launches=round(launches, 2), mean=round(us / launches, 2), kernel=key[:70])
 
 
 def main() -> None:
@@ -339,8 +354,9 @@ def main() -> None:
             for temperature in (0.0, 0.6):
                 bench.decode("T2", 1, 128, 256, temperature)
         if "T3" in options.only:
-            for count in options.batches:
-                bench.decode("T3", count, 512, 64, 0.6)
+            for temperature in (0.0, 0.6):
+                for count in options.batches:
+                    bench.decode("T3", count, 512, 64, temperature)
         if "T4" in options.only:
             bench.t4(options.repeats)
         if "T5" in options.only:
