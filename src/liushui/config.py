@@ -47,7 +47,8 @@ class EngineConfig:
     block_size: int | None = None
     """Tokens in a KV block. Default: 16, on a GPU 64 (what its copy engine fetches at once)."""
     prefix_caching: bool = True
-    """Reuse the KV blocks of prompts that begin alike."""
+    """Reuse the KV blocks of prompts that begin alike. In one process on a CPU, with the KV cache of default size, what
+    is cached takes no new memory beyond 16,384 tokens or two requests of full length; a server's takes all there is."""
     threads: int | None = None
     """Threads of the step. Default: the physical cores this process may use."""
     kernels: Kernels = "auto"

@@ -63,6 +63,45 @@ def test_blocks_of_uncomputed_content_are_used_first() -> None:
     assert pool.num_cached == 1
 
 
+def test_beyond_its_room_the_oldest_entry_makes_way_before_an_unused_block_is_taken() -> None:
+    pool = BlockPool(8, 2, cache_room=4)
+    old, young = published(pool, [1, 2, 3, 4]), published(pool, [5, 6])
+    pool.release(old)
+    pool.release(young)
+    assert pool.acquire(3) == [3, old[1], old[0]]  # one block of the room was left
+    assert (pool.num_used, pool.num_cached, pool.num_free) == (4, 1, 5)
+    assert hits(pool, [5, 6, 7]) == young
+    assert pool.acquire(3, young) == [*young, 4, 5, 6]  # all that is used is owned
+    assert pool.acquire(2) is None
+    pool.check([[3, *old], [*young, 4, 5, 6]])
+
+
+def test_without_cached_content_the_room_makes_no_difference() -> None:
+    for room in (None, 0, 3, 8):
+        pool = BlockPool(8, 2, cache_room=room)
+        assert pool.acquire(3) == [0, 1, 2]
+        pool.release([1])
+        assert pool.acquire(3) == [1, 3, 4]
+        assert (pool.num_used, pool.num_free) == (5, 3)
+
+
+@pytest.mark.parametrize("room", [None, 0, 6])
+def test_a_conversation_finds_its_history_whatever_the_room(room: int | None) -> None:
+    """Turn by turn: the blocks of one turn are free when the next comes, and are taken last."""
+    pool, history = BlockPool(64, 2, cache_room=room), [1, 2]
+    for turn in range(5):
+        found = hits(pool, [*history, 9])
+        assert len(found) == (0 if turn == 0 else len(history) // 2 - 2)
+        table = pool.acquire(len(history) // 2 - len(found), found)
+        assert table is not None
+        prefixes = [Prefix.root("")]
+        for i, block in enumerate(table):
+            pool.publish(block, prefixes, history, i)
+        pool.release(table)
+        history += [10 + 4 * turn, 11 + 4 * turn, 12 + 4 * turn, 13 + 4 * turn]
+    assert pool.num_used <= 12
+
+
 @pytest.mark.parametrize(
     ("length", "blocks"), [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (8, 3), (9, 4), (10, 4), (12, 4)]
 )
@@ -174,6 +213,10 @@ def test_check_names_what_is_wrong() -> None:
         pool.check([[0, 1], [0]])
     pool._free[0] = None
     with pytest.raises(IntegrityError, match="block 0 has 1 owners, free: True"):
+        pool.check([[0, 1]])
+    del pool._free[0]
+    pool._free[2] = None
+    with pytest.raises(IntegrityError, match="block 2 was never taken"):
         pool.check([[0, 1]])
 
 

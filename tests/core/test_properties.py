@@ -27,6 +27,7 @@ worlds = st.fixed_dictionaries(
     {
         "num_blocks": st.integers(3, 14),
         "block_size": st.sampled_from([1, 2, 4]),
+        "cache_room": st.sampled_from([None, None, 0, 3, 6]),
         "depth": st.integers(0, 2),
         "reckless": st.booleans(),
         "max_num_seqs": st.integers(1, 5),
@@ -137,6 +138,7 @@ def test_random_walks_under_pressure(depth: int, policy: str) -> None:
             max_num_batched_tokens=rng.randint(6, 24),
             max_model_len=64,
             policy=policy,
+            cache_room=rng.choice([None, 0, 4, 10]),
         )
         for _ in range(120):
             if rng.random() < 0.4:

@@ -136,7 +136,18 @@ class Device:
         return known.ids[-1]
 
 
-class RecklessPool(BlockPool):
+class WatchedPool(BlockPool):
+    """Knows how many blocks were owned at once."""
+
+    most_owned = 0
+
+    def acquire(self, num_new: int, hits: Seq[int] = (), spare: int = 0) -> list[int] | None:
+        blocks = super().acquire(num_new, hits, spare)
+        self.most_owned = max(self.most_owned, self.num_blocks - self.num_free)
+        return blocks
+
+
+class RecklessPool(WatchedPool):
     """Keeps nothing spare for those who run, so that they are preempted all the time."""
 
     def acquire(self, num_new: int, hits: Seq[int] = (), spare: int = 0) -> list[int] | None:
@@ -154,11 +165,12 @@ class World:
         depth: int = 0,
         reckless: bool = False,
         pace: Pace | None = None,
+        cache_room: int | None = None,
         **settings: object,
     ) -> None:
         self.depth = depth
         self.pace = pace
-        self.pool = RecklessPool(num_blocks, block_size) if reckless else BlockPool(num_blocks, block_size)
+        self.pool = (RecklessPool if reckless else WatchedPool)(num_blocks, block_size, cache_room)
         limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 4096}
         self.scheduler = Scheduler(self.pool, **{**limits, **settings})
         self.device = Device(block_size)
@@ -264,6 +276,7 @@ class World:
             answer = self.answers[seq_id]
             assert answer == expected(self.sequences[seq_id])[0][: len(answer)]
         assert self.pool.num_free == self.pool.num_blocks
+        assert self.pool.most_owned <= self.pool.num_used <= max(self.pool.cache_room, self.pool.most_owned)
         self.scheduler.check()
         return self
 

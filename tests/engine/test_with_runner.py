@@ -38,6 +38,11 @@ def make(model: Any, *, tight: bool = False, **settings: Any) -> LLM:
     return LLM.from_engine(join(config, runner, tiny_tokenizer()), tiny_tokenizer(), config)
 
 
+def test_the_prefix_cache_has_the_room_that_the_runner_names(model: Any) -> None:
+    llm = make(model)
+    assert llm.engine.scheduler.pool.cache_room == llm.engine.executor.cache_room > 0
+
+
 def answers(llm: LLM) -> list[tuple[list[CompletionOutput], Any]]:
     outputs = llm.generate(PROMPTS, PARAMS)
     assert_clean(llm.engine)

@@ -35,6 +35,24 @@ def test_default_takes_at_most_half_of_what_is_free_and_limits_the_context() -> 
 
 
 @pytest.mark.parametrize(
+    ("settings", "on_gpu", "tokens"),
+    [
+        ({}, False, 16384),
+        ({"max_model_len": 500}, False, 16384),
+        ({"kv_cache_gib": 2.0}, False, None),
+        ({"max_num_seqs": 4, "max_model_len": 2000}, False, None),
+        ({}, True, None),
+    ],
+)
+def test_only_a_cache_of_default_size_on_a_cpu_is_frugal(settings: dict, on_gpu: bool, tokens: int | None) -> None:
+    plan = plan_kv(EngineConfig(**settings), SMOL, torch.bfloat16, 64 * GIB, on_gpu=on_gpu)
+    assert plan.cache_room == (plan.num_blocks if tokens is None else tokens // plan.block_size)
+    longer = plan_kv(EngineConfig(**settings), replace(SMOL, max_positions=20_000), torch.bfloat16, 64 * GIB)
+    if not settings:
+        assert longer.cache_room == 40_000 // longer.block_size
+
+
+@pytest.mark.parametrize(
     ("settings", "free", "field"),
     [
         ({"kv_cache_gib": 3.0}, 2 * GIB, "kv_cache_gib"),

@@ -7,8 +7,12 @@ vLLM's automatic prefix caching).
 
     owned   references > 0     in the block table of that many sequences
     free    references == 0    in the free list; front = taken next, so the free list *is* the eviction order
+    unused  never taken        after all others, in order: most systems give memory only at the first write
 
-A free block may still hold published content: it is a cache entry until somebody takes the block.
+A free block may still hold published content: it is a cache entry until somebody takes the block. Up to `cache_room`
+used blocks, new content goes to unused ones before it takes a cache entry's; from there on the least recently used
+entry makes way, and unused blocks are taken only when no other is free. So memory grows with what runs at once, and by
+cached content up to that room and no further.
 """
 
 import hashlib
@@ -66,18 +70,22 @@ class Prefix:
 class BlockPool:
     """`num_blocks` blocks of `block_size` positions: ownership, the prefix cache and eviction, as integers."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, cache_room: int | None = None) -> None:
+        """`cache_room`: used blocks up to which nothing cached makes way for new content. Default: all."""
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.cache_room = num_blocks if cache_room is None else cache_room
+        self.num_used = 0
+        """Blocks that were ever taken: 0 .. num_used - 1."""
         self._references = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._free: OrderedDict[int, None] = OrderedDict()  # of the used ones
         self._published: list[Prefix | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
         """Blocks that nobody owns, those with cached content included."""
-        return len(self._free)
+        return len(self._free) + self.num_blocks - self.num_used
 
     @property
     def num_cached(self) -> int:
@@ -92,23 +100,31 @@ class BlockPool:
     def acquire(self, num_new: int, hits: Seq[int] = (), spare: int = 0) -> list[int] | None:
         """Own the cached blocks `hits` and `num_new` others: all of them, or None and nothing is changed.
 
-        None if fewer than `spare` free blocks would remain. The new blocks come from the front of the free
-        list and lose what they cached.
+        None if fewer than `spare` free blocks would remain. New blocks lose what they cached.
         """
         idle = [block for block in hits if not self._references[block]]
-        if len(self._free) - len(idle) - num_new < spare:
+        if self.num_free - len(idle) - num_new < spare:
             return None
         for block in idle:
             del self._free[block]
-        taken = [self._free.popitem(last=False)[0] for _ in range(num_new)]
-        for block in taken:
-            prefix, self._published[block] = self._published[block], None
-            if prefix is not None:
-                del self._block_of[prefix.digest]
-        blocks = [*hits, *taken]
+        blocks = [*hits, *(self._take() for _ in range(num_new))]
         for block in blocks:
             self._references[block] += 1
         return blocks
+
+    def _take(self) -> int:
+        """The free block that is missed least. There is one."""
+        oldest = next(iter(self._free), None)
+        prefix = None if oldest is None else self._published[oldest]
+        roomy = self.num_used < min(self.cache_room, self.num_blocks)
+        if oldest is None or (prefix is not None and roomy):
+            self.num_used += 1
+            return self.num_used - 1
+        del self._free[oldest]
+        if prefix is not None:
+            self._published[oldest] = None
+            del self._block_of[prefix.digest]
+        return oldest
 
     def release(self, blocks: Seq[int]) -> None:
         """Give up one reference to each block of a block table.
@@ -178,13 +194,16 @@ class BlockPool:
                 raise IntegrityError(
                     f"block {block} counts {self._references[block]} references, has {owned[block]} owners"
                 )
-            if (block in self._free) != (not owned[block]):
+            unused = block >= self.num_used
+            if (block in self._free or unused) != (not owned[block]):
                 raise IntegrityError(f"block {block} has {owned[block]} owners, free: {block in self._free}")
             prefix = self._published[block]
+            if unused and (block in self._free or prefix is not None):
+                raise IntegrityError(f"block {block} was never taken, and is in the free list or published")
             if prefix is not None and self._block_of.get(prefix.digest) != block:
                 raise IntegrityError(f"block {block} is published but cannot be found by its hash")
-        if len(owned) + len(self._free) != self.num_blocks:
-            raise IntegrityError(f"{len(owned)} owned + {len(self._free)} free != {self.num_blocks} blocks")
+        if len(owned) + self.num_free != self.num_blocks:
+            raise IntegrityError(f"{len(owned)} owned + {self.num_free} free != {self.num_blocks} blocks")
         if len(self._block_of) != sum(prefix is not None for prefix in self._published):
             raise IntegrityError("a hash leads to a block that is not published")
 

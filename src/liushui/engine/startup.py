@@ -190,9 +190,11 @@ def core_of(config: EngineConfig, serving: ServingConfig, runner: RunnerFacts, r
     )
 
 
-def make_scheduler(config: EngineConfig, runner: RunnerFacts, ageing: float | None = None) -> Scheduler:
+def make_scheduler(
+    config: EngineConfig, runner: RunnerFacts, ageing: float | None = None, cache_room: int | None = None
+) -> Scheduler:
     return Scheduler(
-        BlockPool(runner.num_blocks, runner.block_size),
+        BlockPool(runner.num_blocks, runner.block_size, cache_room),
         max_num_seqs=config.seats,
         max_num_batched_tokens=config.step_tokens,
         max_model_len=runner.max_model_len,
@@ -208,8 +210,12 @@ def join(
     tokenizer: Tokenizer,
     sampling_defaults: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Scheduler, runner and tokenizer as one engine. `sampling_defaults`: for what requests leave open."""
-    scheduler = make_scheduler(config, runner)
+    """Scheduler, runner and tokenizer as one engine. `sampling_defaults`: for what requests leave open.
+
+    Its prefix cache is frugal with memory (`KVPlan.cache_room`); a server's, for which the memory is there to be used
+    by whoever comes back, is not.
+    """
+    scheduler = make_scheduler(config, runner, cache_room=getattr(runner, "cache_room", None))
     depth = getattr(runner, "depth", 0)
     return Engine(
         config,

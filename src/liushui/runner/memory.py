@@ -13,6 +13,8 @@ from liushui.models.registry import ModelSizes
 GIB = 2**30
 DEFAULT_CAP = 4 * GIB
 """Without --kv-cache-gib nobody's laptop is filled with cached prefixes."""
+CACHE_TOKENS = 16384
+"""Nor with more of them than this while others can make way; or two requests of full length, if that is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,9 @@ class KVPlan:
     bytes_per_token: int
     max_model_len: int
     notes: tuple[str, ...]
+    cache_room: int
+    """Blocks that cached content may spread over before it makes way: `BlockPool`. All, where memory was asked for in
+    so many words, or is claimed at the start, as on a GPU."""
 
     @property
     def num_tokens(self) -> int:
@@ -103,4 +108,5 @@ def plan_kv(config: EngineConfig, sizes: ModelSizes, dtype: Any, free_bytes: int
         else f"{tokens * per_token / 2**20:.1f} MiB"
     )
     line = f"KV cache: {size} = {tokens:,} tokens = {tokens // typical:,} requests of {typical:,}"
-    return KVPlan(blocks, block_size, per_token, limit, (line, *notes))
+    room = blocks if on_gpu or config.kv_cache_gib is not None else max(CACHE_TOKENS, 2 * limit) // block_size
+    return KVPlan(blocks, block_size, per_token, limit, (line, *notes), min(room, blocks))

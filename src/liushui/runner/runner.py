@@ -61,6 +61,7 @@ class Runner:
         """`dtype`, `kv_dtype`: torch's types, or their names for a model of `Array`s."""
         self._model, self.vocab_size, self.dtype = model, sizes.vocab_size, dtype
         self.num_blocks, self.block_size, self.max_model_len = plan.num_blocks, plan.block_size, plan.max_model_len
+        self.cache_room = plan.cache_room
         self.notes = [*(notes or []), *plan.notes]
         self.kv = KVCache.allocate(
             sizes.num_layers, plan.num_blocks, sizes.num_kv_heads, plan.block_size, sizes.head_dim, kv_dtype or dtype,
