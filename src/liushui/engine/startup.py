@@ -128,15 +128,18 @@ def load(config: EngineConfig) -> Loaded:
 
 def _runner(config: EngineConfig, checkpoint: Any, phases: Phases) -> tuple[EngineConfig, RunnerFacts]:
     """The settings for the device, and the runner there."""
-    with phases("import the runner"):
-        from liushui.runner import hardware
-        from liushui.runner.runner import Runner, may_be_plain
-    if not may_be_plain(config, checkpoint):
-        with phases("import torch"):
-            import torch  # noqa: F401
-    config = config.settled(hardware.on_gpu(config.device))
-    with phases("weights and KV cache"):
-        return config, _with_memory(Runner.load, config, checkpoint)
+    from liushui.runner import early
+
+    with early.collector_at_rest():
+        with phases("import the runner"):
+            from liushui.runner import hardware
+            from liushui.runner.runner import Runner, may_be_plain
+        if not may_be_plain(config, checkpoint):
+            with phases("import torch"):
+                early.bring_torch(gpu=config.device != "cpu" and hardware.may_have_gpu())
+        config = config.settled(hardware.on_gpu(config.device))
+        with phases("weights and KV cache"):
+            return config, _with_memory(Runner.load, config, checkpoint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ _MAX_LAYER_BYTES = 2**28
 
 
 class OneRow:
-    """A `fused.Whole`. `decoder` is None where steps of one row go kernel by kernel; `note` says why."""
+    """A `fused.Whole`. `decoder` is None before `certify`, and where steps of one row go kernel by kernel (`note`: why)."""
 
     def __init__(self, model: Any, ops: Any, kv: KVCache, width: int) -> None:
         """`width`: most blocks of a sequence."""
@@ -31,11 +31,6 @@ class OneRow:
         if device.type == "cpu" or not torch.cuda.is_available():
             return
         why = _refusal(model, kv) or _gpu_refusal()
-        if why is None and device.type == "cuda":
-            try:
-                self.decoder = self._build()
-            except CudaUnavailableError as error:
-                why = str(error).splitlines()[0]
         self._say(why)
         self._wanted = why is None
 
@@ -66,11 +61,27 @@ class OneRow:
         return True
 
     def certify(self) -> None:
-        """Take a few rows through both ways, in blocks that nobody uses yet: same bits in less time, or not at all."""
+        """Take a few rows through both ways: same bits in less time, or not at all."""
+        if self._wanted and self.decoder is None:
+            try:
+                self.decoder = self._build()
+            except CudaUnavailableError as error:
+                self._say(str(error).splitlines()[0])
         if self.decoder is None:
             return
         size = self._kv.keys.shape[3]
         room = min(self._width, _WIDTH, self._kv.keys.shape[1]) * size
+        used = slice(-(-min(room, max(LENGTHS)) // size))
+        caches = self._kv.keys, self._kv.values
+        kept = [cache[:, used].clone() for cache in caches]  # somebody's
+        try:
+            self._compare(room)
+        finally:
+            for cache, values in zip(caches, kept, strict=True):
+                cache[:, used] = values
+
+    def _compare(self, room: int) -> None:
+        """In the first blocks, sequences of up to `room` tokens."""
         trials = [self._trial(n) for n in LENGTHS if n <= room]
         wrong = [batch for x, batch in trials if not self._same(x, batch)]
         if self.decoder is None:  # refused on the way

@@ -1,12 +1,14 @@
 """Steps on a CUDA device: staged in one copy, run as a CUDA graph, chosen tokens kept there for the next step.
 
-A step's launches depend on its `StepShape` only. The first two steps of a shape run kernel by kernel; while the device
-is at the second, the host captures it, and all later ones are replayed. The largest steps keep the device busy for
-longer than the host needs to launch them: they are not captured. `start` returns before the device has begun; the
+A step's launches depend on its `StepShape` only. The first step of a shape runs kernel by kernel, the second is
+captured, and it and all later ones are replayed. The largest steps keep the device busy for longer than the host needs
+to launch them: they are not captured. `start` returns before the device has begun; the
 tokens come back with `DeviceStep.result`. Sequences whose logits are adjusted by what was generated before (penalties,
 banned stops) make the step wait for the ones before it.
 """
 
+import logging
+import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -26,8 +28,11 @@ from liushui.runner.sampler import SampleRow, adjust
 from liushui.runner.staging import RING, SampleTensors, Staging, StepShape
 from liushui.runner.state import SequenceState
 
+LOG = logging.getLogger("liushui.runner")
 NOT_FINITE = "the model gave logits that are not finite (NaN or infinity)"
 MAX_GRAPHS = 256
+MAX_FAILURES = 3
+"""Captures that may fail before no more are tried."""
 GRAPH_VALUES = 2**24
 """Most hidden values (rows times hidden size) of a step that is captured: some 40 ms on an H100."""
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
@@ -135,22 +140,35 @@ class DeviceSteps:
         self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self.graph_failure: str | None = None
         """Why no more steps are captured."""
+        self._settles: threading.Event | None = None
         if any(isinstance(getattr(layer, "mlp", None), Experts) for layer in getattr(model, "layers", ())):
             self.graph_failure = "the host picks the experts"
-        self._seen: set[StepShape] = set()
+        self._seen: dict[StepShape, int] = {}
+        """Hidden values of the steps that ran kernel by kernel."""
+        self._failures = 0
         if device.type == "cuda":
-            self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._pool, self._side = None, torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._feed = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
         self._back = [torch.zeros(sequences, dtype=torch.int32, pin_memory=pinned) for _ in range(RING)]
         self._turn = 0
         self._flying: deque[DeviceStep] = deque(maxlen=RING - 1)
 
-    def settle(self) -> list[str]:
-        """Before the first request: what is used only if it proves right here. Lines for the start-up report."""
-        with torch.inference_mode():
-            self.one_row.certify()
+    def settle_once(self, ready: threading.Event) -> list[str]:
+        """Before the first step of one row after `ready`, `settle`. Lines for the start-up report."""
+        self._settles = ready
         return [self.one_row.note] if self.one_row.note else []
+
+    def settle(self) -> None:
+        """Try what serves only if it proves right here: steps of one row as one kernel."""
+        self._settles = None
+        try:
+            with torch.inference_mode():
+                self.one_row.certify()
+        except torch.OutOfMemoryError:
+            self.one_row.decoder = None
+        self._seen = {shape: size for shape, size in self._seen.items() if shape.rows > 1}
+        self.graphs = {shape: kept for shape, kept in self.graphs.items() if shape.rows > 1}
 
     def start(self, plan: StepPlan, states: Mapping[str, SequenceState]) -> DeviceStep:
         """Launch one step."""
@@ -189,17 +207,20 @@ class DeviceSteps:
         return StepShape(bucket(max(rows, sequences + 1), products.BUCKETS), sequences, width, limited)
 
     def _run(self, shape: StepShape) -> Outputs:
+        if shape.rows == 1 and self._settles is not None and self._settles.is_set():
+            self.settle()
+        if shape in self._seen and shape not in self.graphs:
+            self.ops.try_others()
+            if self.graph_failure is None and len(self.graphs) < MAX_GRAPHS and self._seen[shape] <= GRAPH_VALUES:
+                self._capture(shape)
         if shape in self.graphs:
             graph, out = self.graphs[shape]
             graph.replay()
             return out
         out = self.compute(shape)
-        if Kernel.coming and shape.rows > shape.sequences:  # a kernel may be standing in for one that is being compiled
-            return out
-        if shape in self._seen and len(self.graphs) < MAX_GRAPHS and self.graph_failure is None:
-            self._capture(shape)
-        if self.device.type == "cuda" and out.hidden.numel() <= GRAPH_VALUES:
-            self._seen.add(shape)
+        standing_in = Kernel.coming and shape.rows > shape.sequences  # a kernel, for one that is being compiled
+        if self.device.type == "cuda" and not standing_in:
+            self._seen[shape] = out.hidden.numel()
         return out
 
     def _capture(self, shape: StepShape) -> None:
@@ -207,6 +228,8 @@ class DeviceSteps:
 
         Not by `torch.cuda.graph`, which would wait for the device and give back the memory of the steps in between.
         """
+        if not self.graphs:  # a pool ends with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(self._side):
@@ -217,13 +240,19 @@ class DeviceSteps:
                     graph.capture_end()
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()  # for the next time
-            if not self.graphs:  # a pool ends with its last graph
-                self._pool = torch.cuda.graph_pool_handle()
             return
         except RuntimeError as error:
-            self.graph_failure = str(error).splitlines()[0]
+            self._failed(shape, error)
             return
         self.graphs[shape] = graph, out
+
+    def _failed(self, shape: StepShape, error: RuntimeError) -> None:
+        """A model that was never captured cannot be; another one may fail with a few shapes or moments."""
+        del self._seen[shape]
+        self._failures += 1
+        if not self.graphs or self._failures == MAX_FAILURES:
+            self.graph_failure = str(error).splitlines()[0]
+            LOG.warning("no more steps are captured as CUDA graphs, they take longer: %s", self.graph_failure)
 
     def compute(self, shape: StepShape) -> Outputs:
         """Launch the kernels of a step on what is staged."""

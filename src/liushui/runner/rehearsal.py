@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from liushui.layers.blocks import Then
 from liushui.layers.weights import Weights
 from liushui.models.registry import ModelSizes, build
 from liushui.runner.device import DeviceSteps
+from liushui.runner.early import compilers_key
 from liushui.runner.memory import GPU_BLOCK_SIZE
 from liushui.runner.staging import StepShape
 
@@ -142,14 +142,6 @@ def wake_vendor(device: torch.device, dtype: torch.dtype) -> None:
     torch.equal(torch.nn.functional.linear(x, weight), x)
 
 
-def compilers_key() -> None:
-    """Triton tells its own versions apart by a hash of its whole library, once a process: half a second and more."""
-    with suppress(ImportError):  # a matter of speed alone
-        from triton.runtime.cache import triton_key
-
-        triton_key()
-
-
 class Rehearsal:
     """Compiles in the background from its creation on; `first` waits for what one sequence needs, `finish` for all."""
 
@@ -163,14 +155,15 @@ class Rehearsal:
         longest: int,
     ) -> None:
         """`longest`: positions of a sequence."""
-        self._key = threading.Thread(target=compilers_key, name="liushui-compiler-key", daemon=True)
-        self._key.start()
+        self._key = compilers_key()
         self._checkpoint, self._sizes, self._longest = checkpoint, sizes, longest
         self._dtype, self._device = dtype, device
         self._numerics, self._block_size = config.numerics, config.block_size or GPU_BLOCK_SIZE
         self._largest = StepShape(config.step_tokens, config.seats, -(-longest // self._block_size), False)
         self.note = ""
         self._first = threading.Event()
+        self.finished = threading.Event()
+        """Nothing is being compiled any more."""
         self._started = time.perf_counter()
         self._thread = threading.Thread(target=self._run, name="liushui-compile")
         self._thread.start()
@@ -194,6 +187,7 @@ class Rehearsal:
         finally:
             Kernel.coming.clear()
             self._first.set()
+            self.finished.set()
 
     def _rehearse(self) -> None:
         if self._device.type == "cuda":
@@ -206,7 +200,6 @@ class Rehearsal:
         self._key.join()
         with Compilers(self._device) as pool:
             pool.submit(partial(wake_vendor, self._device, self._dtype))
-            pool.submit(steps.one_row.prepare)
             with triton.AsyncCompileMode(pool):
                 known, ops = shapes(self._largest), steps.ops
                 roles = ops._prefill
@@ -223,6 +216,7 @@ class Rehearsal:
                 wait(needed)
                 self._say()
                 self._first.set()
+            pool.submit(steps.one_row.prepare)
 
     def _say(self) -> None:
         self.note = f"kernels of the first steps: {time.perf_counter() - self._started:.2f} s, beside the weights"

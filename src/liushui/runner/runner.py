@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +16,7 @@ from liushui.layers.batch import KVCache
 from liushui.layers.rows import NotPlainError, RowWeights
 from liushui.models.registry import WHOLE, Model, ModelSizes, build, sizes
 from liushui.runner import forms, hardware
+from liushui.runner.early import collector_at_rest
 from liushui.runner.fresh import TOKENS_AHEAD, Fresh
 from liushui.runner.host import HostSteps
 from liushui.runner.memory import KVPlan, pick_kv_dtype, plan_kv
@@ -82,8 +82,9 @@ class Runner:
     def load(cls, config: EngineConfig, checkpoint: Checkpoint) -> Runner:
         """Read the weights, choose the kernels, size the KV cache. Torch is loaded only where it is needed."""
         started = time.perf_counter()
-        runner = cls._load_plain(config, checkpoint, started) if may_be_plain(config, checkpoint) else None
-        return runner or cls._load_any(config, checkpoint, started)
+        with collector_at_rest():
+            runner = cls._load_plain(config, checkpoint, started) if may_be_plain(config, checkpoint) else None
+            return runner or cls._load_any(config, checkpoint, started)
 
     @classmethod
     def _load_plain(cls, config: EngineConfig, checkpoint: Any, started: float) -> Runner | None:
@@ -140,8 +141,6 @@ class Runner:
 
             reserve = reserve_for_steps(config, checkpoint, dtype, hardware.free_gpu_bytes(device, 0))
             rehearsal = Rehearsal(checkpoint, shape, config, dtype, device, longest)
-            if not gc.get_freeze_count():  # a full collection of what the imports made takes 0.1 s, amid a step
-                gc.freeze()
         weights = Weights(checkpoint.names(), checkpoint.shape, checkpoint.load, dtype, device, form.dtype, form.blocks)
         try:
             with torch.inference_mode(), named_when_exhausted(device):
@@ -166,8 +165,8 @@ class Runner:
             runner.host.prepare(ops, config.step_tokens, config.seats)
         if rehearsal is not None:
             runner.notes.append(rehearsal.first())
-        if runner.steps is not None:
-            runner.notes += runner.steps.settle()
+            assert runner.steps is not None
+            runner.notes += runner.steps.settle_once(rehearsal.finished)
         return runner
 
     @property

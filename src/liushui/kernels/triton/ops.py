@@ -120,6 +120,11 @@ class TritonOps:
         key = (*weight.shape, weight.dtype, bias is not None)
         return self.certificates.setdefault(key, vendor.Certificate())
 
+    def try_others(self) -> None:
+        """Time the vendor's other algorithms where a first use went without."""
+        for found in self.certificates.values():
+            found.try_others()
+
     def report(self) -> list[str]:
         """One line for each weight shape: which row counts the vendor's product serves."""
         return [

@@ -144,14 +144,27 @@ class Certificate:
 
     choices: dict[int, Product | None] = field(default_factory=dict)
     """None: by the own kernel."""
+    untried: dict[int, tuple[torch.Tensor, bool]] = field(default_factory=dict)
+    """(weight, chained) of row counts whose other algorithms were not timed yet: the first choice serves."""
 
     def product(
         self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None, chained: bool = False
     ) -> Product | None:
         """The vendor's product that serves, chosen at the first use of a row count of `products.BUCKETS`."""
         if rows not in self.choices:
-            self.choices[rows] = choose(rows, weight, bias, chained) if rows in _BUCKETS else None
+            if rows not in _BUCKETS:
+                self.choices[rows] = None
+            elif bias is None and first_choice_serves(rows, weight):
+                self.choices[rows], self.untried[rows] = F.linear, (weight, chained)
+            else:
+                self.choices[rows] = choose(rows, weight, bias, chained)
         return self.choices[rows]
+
+    def try_others(self) -> None:
+        """Time what a first use, which somebody waits for, left out."""
+        while self.untried:
+            rows, (weight, chained) = self.untried.popitem()
+            self.choices[rows] = choose(rows, weight, None, chained)
 
     def describe(self) -> str:
         """Row counts seen, as "vendor 96, 256; vendor's other algorithm 128; own 48"."""
@@ -180,33 +193,49 @@ class Own:
         return products.product(x, weight, bias, self.chained)
 
 
+class Trial:
+    """Sums that cancel, and what the own kernel makes of them."""
+
+    def __init__(self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        few, self.weight, self.bias = cancelling(min(rows, _TRIAL_ROWS), weight, bias)
+        self.x = few.repeat(-(-rows // _TRIAL_ROWS), 1)[:rows].contiguous()
+        parts = [slice(start, start + _SAMPLE_ROWS) for start in {0, max(0, rows - _SAMPLE_ROWS)}]
+        tiles = products.reference_tiles(weight)
+        self.wanted = [(part, products.product(self.x[part], self.weight, self.bias, False, tiles)) for part in parts]
+
+    def keeps_order(self, candidate: Product) -> bool:
+        """Of all rows where there are few, of the first and last where many."""
+        try:
+            got = candidate(self.x, self.weight, self.bias)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an algorithm that does not run here
+            return False
+        return all(torch.equal(got[part], expected) for part, expected in self.wanted)
+
+
+def first_choice_serves(rows: int, weight: torch.Tensor) -> bool:
+    """Whether the vendor's first choice keeps the order of sums, for a weight whose other algorithms can wait."""
+    if rows <= OWN_ROWS or weight.shape[0] > TRIED_OUTPUTS:
+        return False
+    try:
+        return Trial(rows, weight, None).keeps_order(F.linear)
+    except torch.OutOfMemoryError:
+        return False
+
+
 def choose(rows: int, weight: torch.Tensor, bias: torch.Tensor | None, chained: bool = False) -> Product | None:
     """The fastest of the vendor's products that keep the order of sums; None where the own kernel is to serve.
 
     Also where there is no memory for the trial.
     """
     try:
-        few, weight, bias = cancelling(min(rows, _TRIAL_ROWS), weight, bias)
-        x = few.repeat(-(-rows // _TRIAL_ROWS), 1)[:rows].contiguous()
-        parts = [slice(start, start + _SAMPLE_ROWS) for start in {0, max(0, rows - _SAMPLE_ROWS)}]
-        tiles = products.reference_tiles(weight)
-        wanted = [(part, products.product(x[part], weight, bias, False, tiles)) for part in parts]
-
-        def keeps_order(candidate: Product) -> bool:
-            """Of all rows where there are few, of the first and last where many."""
-            try:
-                got = candidate(x, weight, bias)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # an algorithm that does not run here
-                return False
-            return all(torch.equal(got[part], expected) for part, expected in wanted)
-
-        kept: list[Product] = [F.linear] if keeps_order(F.linear) else []
-        kept += [candidate for candidate in _algorithms(rows, weight, bias) if keeps_order(candidate)]
+        trial = Trial(rows, weight, bias)
+        kept: list[Product] = [F.linear] if trial.keeps_order(F.linear) else []
+        kept += [candidate for candidate in _algorithms(rows, weight, bias) if trial.keeps_order(candidate)]
         if kept and F.linear not in kept and rows <= OWN_ROWS:
             kept.insert(0, Own(chained))
-        chosen = _fastest(kept, x, weight, bias) if len(kept) > 1 else next(iter(kept), None)
+        chosen = _fastest(kept, trial.x, trial.weight, trial.bias) if len(kept) > 1 else next(iter(kept), None)
         return None if isinstance(chosen, Own) else chosen
     except torch.OutOfMemoryError:
         return None

@@ -1,0 +1,50 @@
+"""What a start can do before torch is there, or beside its import: that takes seconds, most of them Python's own."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+
+
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """No garbage collection within: what is imported stays, and looking through it takes a quarter of the imports' time.
+
+    What is there at the end is left out of later collections, the first time in a process: with torch among it a full
+    one takes 0.1 s, amid a step.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():
+            gc.freeze()
+        gc.enable()
+
+
+def bring_torch(gpu: bool) -> None:
+    """Import torch. `gpu`: one is likely to be used."""
+    if gpu:
+        compilers_key()
+    import torch  # noqa: F401
+
+
+@cache
+def compilers_key() -> threading.Thread:
+    """A thread that finds Triton's key: a hash of its whole library, once a process, a second's work."""
+    thread = threading.Thread(target=_find_key, name="liushui-compiler-key", daemon=True)
+    thread.start()
+    return thread
+
+
+def _find_key() -> None:
+    with suppress(ImportError):  # a matter of speed alone
+        from triton.runtime.cache import triton_key
+
+        triton_key()
