@@ -29,8 +29,9 @@ def _pick(logits: torch.Tensor, seeds: list[int], temperatures: list[float], lim
     feed = torch.zeros(len(seeds), dtype=torch.int32, device=DEVICE)
     places = torch.arange(len(seeds), dtype=torch.int32, device=DEVICE)
     heat = torch.tensor(temperatures, device=DEVICE)
-    chosen = sampling.pick(on_device(logits), _keys(seeds), heat, limits, feed, places, ops().chained)
+    chosen = sampling.pick(on_device(logits), _keys(seeds), heat, limits, feed, places, ops().arrived, ops().chained)
     assert torch.equal(feed, chosen.clamp(min=0))
+    assert not ops().arrived.any()
     return chosen.tolist()
 
 

@@ -1,5 +1,6 @@
 """On a Hopper GPU: a step of one row in one kernel has the bits of the same step kernel by kernel."""
 
+import threading
 from itertools import count
 from typing import Any
 
@@ -26,7 +27,9 @@ def _one_kernel_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
 def _runner(family: str = "qwen3", **changes: Any) -> Any:
     sizes = {"num_key_value_heads": 4, "max_position_embeddings": 2048, **SIZES, **changes}
     settings = {"device": "cuda", "dtype": "bfloat16", "max_num_seqs": 4, "max_num_batched_tokens": 2048}
-    return tiny.runner(tiny.oracle(family, 3, **sizes), kv_cache_gib=0.1, max_model_len=2048, **settings)
+    runner = tiny.runner(tiny.oracle(family, 3, **sizes), kv_cache_gib=0.1, max_model_len=2048, **settings)
+    runner.steps.settle()
+    return runner
 
 
 def _answers(runner: Any, length: int) -> list[Any]:
@@ -48,7 +51,7 @@ def test_one_kernel_has_the_bits_of_many(family: str, changes: dict[str, Any]) -
     parts.steps.one_row.decoder = None
     for length in (1, 2, 15, 64, 65, 509, 700, 1030):
         assert _answers(whole, length) == _answers(parts, length)
-    assert any(note.startswith("steps of one row: one kernel (") for note in whole.notes)
+    assert whole.steps.one_row.note.startswith("steps of one row: one kernel (")
 
 
 def test_the_slower_way_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,10 +59,10 @@ def test_the_slower_way_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_row, "_milliseconds", lambda run: next(times))
     runner = _runner()
     assert runner.steps.one_row.decoder is None
-    assert any(note.startswith("steps of one row: kernel by kernel (") for note in runner.notes)
+    assert runner.steps.one_row.note.startswith("steps of one row: kernel by kernel (")
 
 
-def test_other_bits_are_found_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_bits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = one_row.OneRow.__call__
 
     def off(self: Any, x: torch.Tensor, batch: Any) -> bool:
@@ -72,6 +75,25 @@ def test_other_bits_are_found_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = _runner()
     assert runner.steps.one_row.decoder is None
     assert "other bits" in runner.steps.one_row.note
+
+
+def test_it_is_tried_between_two_steps_of_a_sequence() -> None:
+    runner, parts = _runner(), _runner()
+    for each in (runner, parts):
+        each.steps.one_row.decoder = None
+    ready = threading.Event()
+    runner.steps.settle_once(ready)
+    results = []
+    for each in (runner, parts):
+        driver = tiny.Driver(each)
+        driver.add("a", torch.arange(3, 103).tolist(), PARAMS)
+        steps = [driver.step({"a": 100})] + [driver.step({"a": 1}) for _ in range(4)]
+        assert each.steps.one_row.decoder is None
+        ready.set()
+        steps += [driver.step({"a": 1}) for _ in range(4)]
+        results.append([(step.tokens, step.logprobs) for step in steps])
+    assert results[0] == results[1]
+    assert runner.steps.one_row.decoder is not None
 
 
 def test_a_refused_launch_goes_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ _MAX_LAYER_BYTES = 2**28
 
 
 class OneRow:
-    """A `fused.Whole`. `decoder` is None before `certify`, and where steps of one row go kernel by kernel (`note`: why)."""
+    """A `fused.Whole`. `decoder` is None until `certify`, or where steps go kernel by kernel; see `note`."""
 
     def __init__(self, model: Any, ops: Any, kv: KVCache, width: int) -> None:
         """`width`: most blocks of a sequence."""

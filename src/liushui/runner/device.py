@@ -269,7 +269,9 @@ class DeviceSteps:
             limits = sampling.limits(
                 logits, sample.temperatures, sample.top_ks, sample.top_ps, sample.min_ps, chained
             )  # fmt: skip
-        return sampling.pick(logits, sample.keys, sample.temperatures, limits, self._feed, sample.places, chained)
+        return sampling.pick(
+            logits, sample.keys, sample.temperatures, limits, self._feed, sample.places, self.ops.arrived, chained
+        )
 
     def _adjust(
         self, out: Outputs, shape: StepShape, sampled: tuple[PlanItem, ...], rows: list[int],

@@ -11,7 +11,7 @@ from functools import cache
 
 @contextmanager
 def collector_at_rest() -> Iterator[None]:
-    """No garbage collection within: what is imported stays, and looking through it takes a quarter of the imports' time.
+    """No garbage collection within: what is imported stays, and looking through it takes a quarter of an import.
 
     What is there at the end is left out of later collections, the first time in a process: with torch among it a full
     one takes 0.1 s, amid a step.

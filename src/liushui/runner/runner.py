@@ -165,7 +165,7 @@ class Runner:
             runner.host.prepare(ops, config.step_tokens, config.seats)
         if rehearsal is not None:
             runner.notes.append(rehearsal.first())
-            assert runner.steps is not None
+        if rehearsal is not None and runner.steps is not None:
             runner.notes += runner.steps.settle_once(rehearsal.finished)
         return runner
 

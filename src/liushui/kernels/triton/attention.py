@@ -25,6 +25,8 @@ ROOM = 160 * 2**10
 """Bytes of shared memory for tiles on their way, of 227 KiB on a Hopper."""
 PROGRAMS = 264
 """Fewer programs than this (two per multiprocessor of a Hopper) walk a sequence's splits side by side."""
+_WAYS = ((1024, 1, 2, 4), (PROGRAMS, 1, 2, 5), (128, 4, 2, 3), (0, 16, 4, 5))
+"""Measured on an H100: from so many (sequence, KV head) on, programs that share one, warps of each, stages."""
 
 
 @triton.jit
@@ -273,16 +275,17 @@ def _stages(shape: Shape, dtype: torch.dtype, most: int) -> int:
 def decode(
     shape: Shape, qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor,
     query_start: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, scale: float, window: int | None,
-    arrived: torch.Tensor, chained: bool, num_warps: int | None = None, num_stages: int = 5,
-    parallel: int | None = None,
-    bulk: bool | None = None,
+    arrived: torch.Tensor, chained: bool, num_warps: int | None = None, num_stages: int | None = None,
+    parallel: int | None = None, bulk: bool | None = None,
 ) -> None:  # fmt: skip
     """Fill `out` for the sequences that feed one token. `arrived` [>= S * Hk] int32 is zero before and after."""
     sequences, width = block_table.shape
     splits = triton.cdiv(width * shape.block_size, SPLIT)
+    _, sharers, warps, stages = next(way for way in _WAYS if sequences * shape.num_kv_heads >= way[0])
     if parallel is None:
-        parallel = 1 if splits == 1 or sequences * shape.num_kv_heads >= PROGRAMS else 16
-    num_warps = num_warps or (2 if parallel == 1 else 4)
+        parallel = 1 if splits == 1 else sharers
+    num_warps = num_warps or (2 if parallel == 1 else warps)
+    num_stages = num_stages or stages
     rows = max(16, triton.next_power_of_2(shape.group))
     sums, scales = out, out
     if parallel > 1:

@@ -24,7 +24,8 @@ class TritonOps:
         self.chained = common.pdl(device)
         self._prefill = _warp_roles(device)
         self.note = "Triton kernels" + (", warps with roles for prompts' attention" if self._prefill else "")
-        self._arrived = torch.zeros(max_num_seqs * 256, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(max_num_seqs * 256, dtype=torch.int32, device=device)
+        """Zero before and after every kernel: where programs that share a result count themselves."""
         self.certificates: dict[tuple[int, int, torch.dtype, bool], vendor.Certificate] = {}
         # The vendor's products must not round partial sums to 16 bits: the certificates would refuse them all.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -57,7 +58,7 @@ class TritonOps:
         out = qkv.new_empty(qkv.shape[0], num_heads * head_dim)
         batch = (qkv, k_cache, v_cache, out, query_start, seq_lens, block_table, scale, window)
         if seq_lens.shape[0]:
-            attention.decode(shape, *batch, self._arrived, self.chained)
+            attention.decode(shape, *batch, self.arrived, self.chained)
             if qkv.shape[0] == seq_lens.shape[0]:  # every sequence feeds one token
                 return out
             roles = self._prefill

@@ -50,10 +50,14 @@ def gumbel(first, second, tokens):
 @Kernel
 @triton.jit(do_not_specialize=["pieces"])
 def _pick(
-    logits, keys, temperatures, limits, scores, tokens, vocab, pieces,
-    LIMITED: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr, PDL: tl.constexpr,
+    logits, keys, temperatures, limits, scores, tokens, arrived, chosen, feed, places, vocab, pieces,
+    LIMITED: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The best token of one piece of one row, and its score; a piece that is not finite says so with token -1."""
+    """The best token of each piece of one row, and its score; a piece that is not finite says so with token -1.
+
+    The last program of a row settles: the best piece's token, or -1 if the row is not finite, to chosen[row], and to
+    feed[place] for the step that follows.
+    """
     row, piece = tl.program_id(0), tl.program_id(1)
     begin(PDL)
     temperature = tl.load(temperatures + row)
@@ -76,22 +80,17 @@ def _pick(
     tl.store(scores + row * pieces + piece, top)
     winner = tl.min(tl.where(best == top, token, _NONE), 0)
     tl.store(tokens + row * pieces + piece, tl.where(tl.max(spoiled, 0) > 0, -1, winner))
-
-
-@Kernel
-@triton.jit(do_not_specialize=["pieces"])
-def _settle(scores, tokens, chosen, feed, places, pieces, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """The best piece's token; -1 if the row is not finite. Also to feed[place], for the step that follows."""
-    row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
-    begin(PDL)
-    score = tl.load(scores + row * pieces + at, mask=at < pieces, other=float("-inf"))
-    token = tl.load(tokens + row * pieces + at, mask=at < pieces, other=_NONE)
-    best = tl.max(score, 0)
-    winner = tl.min(tl.where(score == best, token, _NONE), 0)
-    spoiled = (tl.min(token, 0) < 0) | (best == float("-inf"))
-    tl.store(chosen + row, tl.where(spoiled, -1, winner))
-    tl.store(feed + tl.load(places + row), tl.where(spoiled, 0, winner))
+    tl.debug_barrier()  # written before the arrival is counted
+    if tl.atomic_add(arrived + row, 1, sem="acq_rel") == pieces - 1:
+        tl.store(arrived + row, 0)
+        at = tl.arange(0, PIECES)
+        score = tl.load(scores + row * pieces + at, mask=at < pieces, other=float("-inf"), cache_modifier=".cg")
+        found = tl.load(tokens + row * pieces + at, mask=at < pieces, other=_NONE, cache_modifier=".cg")
+        highest = tl.max(score, 0)
+        chosen_token = tl.min(tl.where(score == highest, found, _NONE), 0)
+        wrong = (tl.min(found, 0) < 0) | (highest == float("-inf"))
+        tl.store(chosen + row, tl.where(wrong, -1, chosen_token))
+        tl.store(feed + tl.load(places + row), tl.where(wrong, 0, chosen_token))
 
 
 @triton.jit
@@ -205,11 +204,12 @@ def _logprobs(
 
 def pick(
     logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Tensor, limits: torch.Tensor | None,
-    feed: torch.Tensor, places: torch.Tensor, chained: bool,
+    feed: torch.Tensor, places: torch.Tensor, arrived: torch.Tensor, chained: bool,
 ) -> torch.Tensor:  # fmt: skip
     """logits [R, V] -> tokens [R] int32 (-1: not finite), also to feed[places]. keys [R, 2] int32 words, places [R].
 
     temperatures [R] float32, 0 for greedy; limits [R] float32: the smallest logit / temperature to choose from.
+    arrived [>= R] int32 is zero before and after.
     """
     rows, vocab = logits.shape
     loops = 4 if rows > 32 else 1  # few rows: more programs
@@ -218,12 +218,9 @@ def pick(
     tokens = torch.empty(rows * pieces, dtype=torch.int32, device=logits.device)
     chosen = torch.empty(rows, dtype=torch.int32, device=logits.device)
     _pick[(rows, pieces)](
-        logits, keys, temperatures, limits if limits is not None else temperatures, scores, tokens, vocab, pieces,
-        LIMITED=limits is not None, BLOCK=_PIECE, LOOPS=loops, **options(chained, 8),
-    )  # fmt: skip
-    _settle[(rows,)](
-        scores, tokens, chosen, feed, places, pieces, BLOCK=triton.next_power_of_2(triton.cdiv(vocab, _PIECE)),
-        **options(chained, 1),
+        logits, keys, temperatures, limits if limits is not None else temperatures, scores, tokens, arrived, chosen,
+        feed, places, vocab, pieces, LIMITED=limits is not None, BLOCK=_PIECE, LOOPS=loops,
+        PIECES=triton.next_power_of_2(pieces), **options(chained, 8),
     )  # fmt: skip
     return chosen
 
