@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -146,8 +147,9 @@ class DeviceSteps:
         self._seen: dict[StepShape, int] = {}
         """Hidden values of the steps that ran kernel by kernel."""
         self._failures = 0
+        self._pool: Any = None
         if device.type == "cuda":
-            self._pool, self._side = None, torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._feed = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
         self._back = [torch.zeros(sequences, dtype=torch.int32, pin_memory=pinned) for _ in range(RING)]
