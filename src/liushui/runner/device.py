@@ -262,7 +262,8 @@ class DeviceSteps:
         chained = self.ops.chained
         batch = replace(batch, ids=sampling.resolve(ids, self._feed, chained))
         hidden = self.forward(self.kv, batch)
-        logits = self.model.logits(hidden.index_select(0, sample.rows))
+        last = hidden if shape.rows == 1 else hidden.index_select(0, sample.rows)  # of one row it is that one
+        logits = self.model.logits(last)
         return Outputs(hidden, logits, self._pick(logits, sample, shape.limited))
 
     def _pick(self, logits: torch.Tensor, sample: SampleTensors, limited: bool) -> torch.Tensor:
