@@ -109,6 +109,23 @@ def test_the_fastest_that_keeps_the_order_is_chosen(monkeypatch: pytest.MonkeyPa
     assert broken not in kept
 
 
+def test_a_first_use_takes_the_first_choice_and_the_others_are_timed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, timed = on_device(fill(64, 256, dtype=torch.float32)), []
+
+    def choose(rows: int, *_: object) -> None:
+        timed.append(rows)
+
+    monkeypatch.setattr(vendor, "choose", choose)
+    monkeypatch.setattr(vendor.Trial, "keeps_order", lambda trial, candidate: len(trial.x) != 192)
+    found = vendor.Certificate()
+    first = torch.nn.functional.linear
+    assert [found.product(rows, weight, None) for rows in (128, 256, 192, 64, 100)] == [first, first, None, None, None]
+    assert timed == [192, 64], "no first choice that serves; few rows"
+    assert [found.try_others() for _ in range(3)] == [True, True, False]
+    assert sorted(timed[2:]) == [128, 256]
+    assert found.product(256, weight, None) is None
+
+
 def test_without_the_vendors_library_its_first_choice_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "0.0")
     vendor.library.cache_clear()

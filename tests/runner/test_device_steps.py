@@ -122,3 +122,20 @@ def test_parts_of_the_staged_step_are_aligned_and_apart() -> None:
         assert at[name].stop - at[name].start == size
         end = at[name].stop
     assert at["all"].stop >= end
+
+
+def test_captures_end_after_a_few_failures_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    never, some = _runner("qwen3").steps, _runner("qwen3").steps
+    shapes = [StepShape(rows, rows, 4, False) for rows in (1, 2, 4)]
+    some.graphs[shapes[0]] = None
+    for steps in (never, some):
+        steps._seen |= dict.fromkeys(shapes, 1)
+    never._failed(shapes[0], RuntimeError("asks the host\nand more"))
+    assert never.graph_failure == "asks the host"
+    assert "asks the host" in caplog.text
+    for shape in shapes[1:]:
+        some._failed(shape, RuntimeError("now and then"))
+        assert some.graph_failure is None
+        assert shape not in some._seen
+    some._failed(shapes[0], RuntimeError("again"))
+    assert some.graph_failure == "again"

@@ -75,6 +75,16 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
     assert len(runner.states) <= 64
 
 
+def test_captures_go_on_when_no_graph_is_left() -> None:
+    runner = _runner()
+    _serve(runner, 40)
+    assert runner.steps.graphs
+    runner.steps.graphs.clear()  # their memory pool ends with them
+    _serve(runner, 40)
+    assert runner.steps.graphs
+    assert runner.steps.graph_failure is None
+
+
 def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that asks the host in between: refused by the capture, answered all the same."""
     asking, quiet = _runner(), _runner()

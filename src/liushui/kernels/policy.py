@@ -113,7 +113,10 @@ class KernelPolicy:
             if packed is not None:
                 return PackedTable(self.ops, packed, dtype)
             weight = weight.dequantise(dtype)
-        return DenseTable(weight.to(dtype))
+        weight = weight.to(dtype)
+        if self.ops.name == "triton":
+            return PackedTable(self.ops, self.ops.pack_linear(weight), dtype)  # type: ignore[arg-type]
+        return DenseTable(weight)
 
     @property
     def uses_vendor(self) -> bool:

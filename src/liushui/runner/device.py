@@ -1,16 +1,16 @@
 """Steps on a CUDA device: staged in one copy, run as a CUDA graph, chosen tokens kept there for the next step.
 
-A step's launches depend on its `StepShape` only. The first step of a shape runs kernel by kernel, the second is
-captured, and it and all later ones are replayed. The largest steps keep the device busy for longer than the host needs
-to launch them: they are not captured. `start` returns before the device has begun; the
-tokens come back with `DeviceStep.result`. Sequences whose logits are adjusted by what was generated before (penalties,
-banned stops) make the step wait for the ones before it.
+A step's launches depend on its `StepShape` only. The first steps of a shape run kernel by kernel, while the vendor's
+products are chosen; the next one is captured, and it and all later ones are replayed. The largest steps keep the
+device busy for longer than the host needs to launch them: they are not captured. `start` returns before the device has
+begun; the tokens come back with `DeviceStep.result`. Sequences whose logits are adjusted by what was generated before
+(penalties, banned stops) make the step wait for the ones before it.
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,8 @@ GRAPH_VALUES = 2**24
 """Most hidden values (rows times hidden size) of a step that is captured: some 40 ms on an H100."""
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 """Padded numbers of sequences of a step that also feeds prompts."""
+_FIRST_ROWS = (128, 256)
+"""Padded rows of a short prompt."""
 _PROMPT_ROWS = 64
 """Rows whose prompt log-probabilities are made at once."""
 
@@ -150,11 +152,20 @@ class DeviceSteps:
         self._pool: Any = None
         if device.type == "cuda":
             self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._feed = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
+        self._feed = ops.feed = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
         self._back = [torch.zeros(sequences, dtype=torch.int32, pin_memory=pinned) for _ in range(RING)]
         self._turn = 0
         self._flying: deque[DeviceStep] = deque(maxlen=RING - 1)
+
+    def choose_products(self, enough: Callable[[], bool]) -> None:
+        """Until `enough`: certificates for a short prompt, which its first step would wait for."""
+        with torch.inference_mode():
+            for rows in _FIRST_ROWS:
+                for product in self.ops.weights.values():
+                    if enough():
+                        return
+                    self.ops.choose(rows, *product)
 
     def settle_once(self, ready: threading.Event) -> list[str]:
         """Before the first step of one row after `ready`, `settle`. Lines for the start-up report."""
@@ -211,9 +222,9 @@ class DeviceSteps:
     def _run(self, shape: StepShape) -> Outputs:
         if shape.rows == 1 and self._settles is not None and self._settles.is_set():
             self.settle()
-        if shape in self._seen and shape not in self.graphs:
-            self.ops.try_others()
-            if self.graph_failure is None and len(self.graphs) < MAX_GRAPHS and self._seen[shape] <= GRAPH_VALUES:
+        again = shape in self._seen and shape not in self.graphs and not self.ops.try_others()
+        if again and self.graph_failure is None and len(self.graphs) < MAX_GRAPHS:  # noqa: SIM102
+            if self._seen[shape] <= GRAPH_VALUES:
                 self._capture(shape)
         if shape in self.graphs:
             graph, out = self.graphs[shape]
@@ -258,9 +269,7 @@ class DeviceSteps:
 
     def compute(self, shape: StepShape) -> Outputs:
         """Launch the kernels of a step on what is staged."""
-        ids, batch, sample = self.staging.tensors(shape)
-        chained = self.ops.chained
-        batch = replace(batch, ids=sampling.resolve(ids, self._feed, chained))
+        batch, sample = self.staging.tensors(shape)
         hidden = self.forward(self.kv, batch)
         last = hidden if shape.rows == 1 else hidden.index_select(0, sample.rows)  # of one row it is that one
         logits = self.model.logits(last)
@@ -284,7 +293,7 @@ class DeviceSteps:
         index = torch.tensor(rows, device=self.device)
         logits = out.logits[index].float()
         adjust(logits, [SampleRow(states[sampled[i].seq_id], 0) for i in rows])
-        _, _, sample = self.staging.tensors(shape)
+        _, sample = self.staging.tensors(shape)
         parts = {name: getattr(sample, name)[index].contiguous() for name in SampleTensors.__slots__}
         out.chosen[index] = self._pick(logits, SampleTensors(**parts), shape.limited)
 

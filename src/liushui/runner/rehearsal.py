@@ -7,6 +7,7 @@ other steps need is compiled beside its first answers.
 """
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 META = torch.device("meta")
 _TRIAL_ROWS = 256
+_TURN = 0.0005
+"""Seconds that a compiling thread keeps the interpreter, a tenth of Python's own: a step gives it up and wants it back
+hundreds of times."""
 
 
 class Bare(Weights):
@@ -69,9 +73,6 @@ class Bare(Weights):
 
 class BarePolicy(KernelPolicy):
     """The real choice of kernels; what torch itself would compute comes out empty."""
-
-    def table(self, weight: Any, dtype: torch.dtype, product: Linear | None = None) -> Linear:
-        return lambda ids: weight.new_empty(len(ids), weight.shape[1])
 
     def linear(self, weight: Any, bias: Tensor | None = None, **options: Any) -> Linear:
         if self.numerics == "fast":
@@ -168,6 +169,10 @@ class Rehearsal:
         self._thread = threading.Thread(target=self._run, name="liushui-compile")
         self._thread.start()
 
+    def is_ready(self) -> bool:
+        """Whether one sequence can be answered."""
+        return self._first.is_set()
+
     def first(self) -> str:
         """Wait until one sequence can be answered; returns a line for the start-up report."""
         self._first.wait()
@@ -179,6 +184,8 @@ class Rehearsal:
         return self.note
 
     def _run(self) -> None:
+        usual = sys.getswitchinterval()
+        sys.setswitchinterval(_TURN)
         try:
             with torch.inference_mode():
                 self._rehearse()
@@ -187,6 +194,7 @@ class Rehearsal:
         finally:
             Kernel.coming.clear()
             self._first.set()
+            sys.setswitchinterval(usual)
             self.finished.set()
 
     def _rehearse(self) -> None:
@@ -206,16 +214,15 @@ class Rehearsal:
                 ops._prefill = None  # the plain kernel, which takes less to compile, serves at first
                 self._attend(steps, known[0])
                 self._play(steps, known[:1])
-                needed = list(pool.futures)
+                wait(list(pool.futures))
+                self._say()
+                self._first.set()
                 self._play(steps, known[1:2])
                 ops._prefill = roles
                 self._attend(steps, known[0])
                 self._play(steps, known[1:])
                 ops.refused = True  # type: ignore[attr-defined]
                 self._play(steps, known[:1])
-                wait(needed)
-                self._say()
-                self._first.set()
             pool.submit(steps.one_row.prepare)
 
     def _say(self) -> None:
@@ -223,7 +230,7 @@ class Rehearsal:
 
     def _attend(self, steps: DeviceSteps, shape: StepShape) -> None:
         """Attention's kernels: they take the longest, so they are the first to be compiled."""
-        _, batch, _ = steps.staging.tensors(shape)
+        batch, _ = steps.staging.tensors(shape)
         for layer in steps.model.layers:  # type: ignore[attr-defined]
             attention = innermost(layer.attention)
             qkv = torch.empty(shape.rows, sum(attention.shape.qkv_rows), dtype=self._dtype, device=META)

@@ -16,7 +16,7 @@ from liushui.layers.batch import KVCache
 from liushui.layers.rows import NotPlainError, RowWeights
 from liushui.models.registry import WHOLE, Model, ModelSizes, build, sizes
 from liushui.runner import forms, hardware
-from liushui.runner.early import collector_at_rest
+from liushui.runner.early import collector_at_rest, compilers_key
 from liushui.runner.fresh import TOKENS_AHEAD, Fresh
 from liushui.runner.host import HostSteps
 from liushui.runner.memory import KVPlan, pick_kv_dtype, plan_kv
@@ -163,9 +163,10 @@ class Runner:
             runner._run_on(device, ops, config)
         else:
             runner.host.prepare(ops, config.step_tokens, config.seats)
-        if rehearsal is not None:
-            runner.notes.append(rehearsal.first())
         if rehearsal is not None and runner.steps is not None:
+            compilers_key().join()  # this thread will compile too
+            runner.steps.choose_products(rehearsal.is_ready)
+            runner.notes.append(rehearsal.first())
             runner.notes += runner.steps.settle_once(rehearsal.finished)
         return runner
 

@@ -88,13 +88,12 @@ class Staging:
         self._params = np.zeros((4, places), np.float32)  # temperature, top_k, top_p, min_p
         self._params[2] = 1.0
 
-    def tensors(self, shape: StepShape) -> tuple[torch.Tensor, BatchTensors, SampleTensors]:
-        """Views of the device buffer: (ids as staged, the batch with ids still to be resolved, the sampling)."""
+    def tensors(self, shape: StepShape) -> tuple[BatchTensors, SampleTensors]:
+        """Views of the device buffer: the batch, where -1 - place stands for a token in flight, and the sampling."""
         at = shape.offsets()
         part = {name: self._device[where] for name, where in at.items()}
-        ids = part["ids"]
         batch = BatchTensors(
-            ids=ids, positions=part["positions"], slots=part["slots"], query_start=part["query_start"],
+            ids=part["ids"], positions=part["positions"], slots=part["slots"], query_start=part["query_start"],
             seq_lens=part["seq_lens"], block_table=part["block_table"].view(shape.sequences, shape.width),
         )  # fmt: skip
         sample = SampleTensors(
@@ -102,7 +101,7 @@ class Staging:
             temperatures=part["temperatures"].view(torch.float32), top_ks=part["top_ks"],
             top_ps=part["top_ps"].view(torch.float32), min_ps=part["min_ps"].view(torch.float32),
         )  # fmt: skip
-        return ids, batch, sample
+        return batch, sample
 
     def width(self, plan: StepPlan) -> int:
         return max(len(item.block_table) for item in plan.items)

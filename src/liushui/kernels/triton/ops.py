@@ -7,7 +7,7 @@ from torch import Tensor
 
 from liushui.kernels.ops import PackedLinear
 from liushui.kernels.quantised import Quantised
-from liushui.kernels.triton import attention, cache, common, products, rotate, rows, vendor
+from liushui.kernels.triton import attention, cache, common, products, rotate, rows, sampling, vendor
 
 _FUSED_NORM = 2048
 """Longest row whose norm is formed within the product: each program forms it again."""
@@ -26,6 +26,10 @@ class TritonOps:
         self.note = "Triton kernels" + (", warps with roles for prompts' attention" if self._prefill else "")
         self.arrived = torch.zeros(max_num_seqs * 256, dtype=torch.int32, device=device)
         """Zero before and after every kernel: where programs that share a result count themselves."""
+        self.feed = torch.zeros(1, dtype=torch.int32, device=device)
+        """Tokens that the host does not know yet, each at its sequence's place: `DeviceSteps` has its own here."""
+        self.weights: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+        """One of each shape, with its bias, but for heads."""
         self.certificates: dict[tuple[int, int, torch.dtype, bool], vendor.Certificate] = {}
         # The vendor's products must not round partial sums to 16 bits: the certificates would refuse them all.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -82,18 +86,21 @@ class TritonOps:
         """The weight as it is: nothing is copied."""
         if not isinstance(weight, Tensor) or form is not None:
             raise ValueError("triton kernels take float32 or bfloat16 weights")
+        if weight.shape[0] <= vendor.TRIED_OUTPUTS:
+            self.weights.setdefault((*weight.shape, bias is not None), (weight, bias))
         return PackedLinear(weight, weight.shape[0], weight.shape[1], weight.dtype, "triton")
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
         weight, rows = packed.data, x.shape[0]
         if not products.own_is_faster(rows, *weight.shape):
-            vendors = self.certificate(weight, bias).product(rows, weight, bias, self.chained)
+            vendors = self.choose(rows, weight, bias)
             if vendors is not None:
                 return vendors(x, weight, bias)
         return products.product(x, weight, bias, self.chained)
 
     def embed(self, ids: Tensor, packed: PackedLinear, dtype: torch.dtype) -> Tensor:
-        return packed.data[ids].to(dtype)
+        """Of `dtype`, as the weight is; an id of -1 - place stands for `feed`'s."""
+        return sampling.look_up(ids, self.feed, packed.data, self.chained)
 
     # -- fused forms: the bits are those of the operations one after the other
 
@@ -117,14 +124,18 @@ class TritonOps:
         """residual += `linear(x)`, in place."""
         products.product(x, packed.data, bias, self.chained, residual=residual)
 
+    def choose(self, rows: int, weight: Tensor, bias: Tensor | None) -> vendor.Product | None:
+        """The vendor's product for a number of rows, where it serves."""
+        return self.certificate(weight, bias).product(rows, weight, bias, self.chained)
+
     def certificate(self, weight: Tensor, bias: Tensor | None) -> vendor.Certificate:
         key = (*weight.shape, weight.dtype, bias is not None)
         return self.certificates.setdefault(key, vendor.Certificate())
 
-    def try_others(self) -> None:
-        """Time the vendor's other algorithms where a first use went without."""
-        for found in self.certificates.values():
-            found.try_others()
+    def try_others(self) -> bool:
+        """Time the vendor's other algorithms where a first use went without: for one weight shape and row count, a
+        tenth of a second. False: nothing is left."""
+        return any(found.try_others() for found in self.certificates.values())
 
     def report(self) -> list[str]:
         """One line for each weight shape: which row counts the vendor's product serves."""

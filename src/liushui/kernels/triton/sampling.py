@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from liushui.kernels.triton.common import INTERPRETED, Kernel, begin, options
+from liushui.kernels.triton.common import INTERPRETED, Kernel, begin, options, warps_for
 
 _PIECE = 4096
 """Logits of one row that one program looks at at once."""
@@ -260,17 +260,22 @@ def logprobs(
 
 
 @Kernel
-@triton.jit(do_not_specialize=["count"])
-def _resolve(ids, feed, out, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _look_up(ids, feed, table, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
     begin(PDL)
-    known = tl.load(ids + at, mask=at < count, other=0)
-    fed = tl.load(feed + tl.maximum(-1 - known, 0), mask=(at < count) & (known < 0), other=0)
-    tl.store(out + at, tl.where(known < 0, fed, known), mask=at < count)
+    token = tl.load(ids + row)
+    if token < 0:
+        token = tl.load(feed - 1 - token)
+    value = tl.load(table + token.to(tl.int64) * size + cols, mask=cols < size, other=0.0)
+    tl.store(out + row * size + cols, value, mask=cols < size)
 
 
-def resolve(ids: torch.Tensor, feed: torch.Tensor, chained: bool) -> torch.Tensor:
-    """ids [T] int32, where -1 - place stands for the token that feed[place] holds -> token ids [T] int32."""
-    out = ids.new_empty(ids.shape)
-    _resolve[(triton.cdiv(len(ids), 1024),)](ids, feed, out, len(ids), BLOCK=1024, **options(chained, 4))
+def look_up(ids: torch.Tensor, feed: torch.Tensor, table: torch.Tensor, chained: bool) -> torch.Tensor:
+    """ids [T] int32, where -1 - place stands for the token that feed[place] holds -> rows [T, H] of table [V, H]."""
+    size = table.shape[1]
+    out = table.new_empty(len(ids), size)
+    block = triton.next_power_of_2(size)
+    _look_up[(len(ids),)](ids, feed, table, out, size, BLOCK=block, **options(chained, warps_for(block)))
     return out

@@ -160,11 +160,13 @@ class Certificate:
                 self.choices[rows] = choose(rows, weight, bias, chained)
         return self.choices[rows]
 
-    def try_others(self) -> None:
-        """Time what a first use, which somebody waits for, left out."""
-        while self.untried:
-            rows, (weight, chained) = self.untried.popitem()
-            self.choices[rows] = choose(rows, weight, None, chained)
+    def try_others(self) -> bool:
+        """Time what a first use, which somebody waits for, left out: for one row count. False: nothing is left."""
+        if not self.untried:
+            return False
+        rows, (weight, chained) = self.untried.popitem()
+        self.choices[rows] = choose(rows, weight, None, chained)
+        return True
 
     def describe(self) -> str:
         """Row counts seen, as "vendor 96, 256; vendor's other algorithm 128; own 48"."""
