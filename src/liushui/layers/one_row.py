@@ -33,6 +33,8 @@ class OneRow:
         why = _refusal(model, kv) or _gpu_refusal()
         self._say(why)
         self._wanted = why is None
+        if self._wanted:
+            self.note += ", if that proves to be right and faster"
 
     def prepare(self) -> None:
         """Compile for a model without storage: whoever builds the real one finds it done."""

@@ -180,6 +180,7 @@ class DeviceSteps:
                 self.one_row.certify()
         except torch.OutOfMemoryError:
             self.one_row.decoder = None
+        LOG.info(self.one_row.note)
         self._seen = {shape: size for shape, size in self._seen.items() if shape.rows > 1}
         self.graphs = {shape: kept for shape, kept in self.graphs.items() if shape.rows > 1}
 
