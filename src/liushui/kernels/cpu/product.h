@@ -30,11 +30,7 @@ void emit_as(const Output& out, long row, long rows, long column, long count, co
       const long n = kFull ? W : count - i;
       vf v = kFull ? load(y + i) : load_up_to(y + i, n);
       if (bias) v = v + (kFull ? load(bias + i) : load_up_to(bias + i, n));
-      if (kAdd) {
-        T once[W];
-        store(once, v);
-        v = (kFull ? load(to + i) : load_up_to(to + i, n)) + load(once);
-      }
+      if (kAdd) v = (kFull ? load(to + i) : load_up_to(to + i, n)) + rounded<T>(v);
       kFull ? store(to + i, v) : store_up_to(to + i, v, n);
     }
   }
@@ -50,9 +46,7 @@ void hand_over(const Output& out, int worker, long row, long rows, long column, 
       for (long i = 0; i < n; i += W) {
         vf v = load_up_to(y + r * ldy + from + i, n - i);
         if (bias) v = v + load_up_to(bias + from + i, n - i);
-        T once[W];
-        store(once, v);
-        store(whole + i, load(once));
+        store(whole + i, rounded<T>(v));
       }
       out.hand(out.context, worker, row + r, column + from, whole, n);
     }

@@ -53,6 +53,19 @@ LS_INLINE vf splat(float x) { return x - (vf){}; }
 
 LS_INLINE vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
 
+// Whether any bit is set.
+LS_INLINE bool any(vi v) {
+#if defined(__AVX512F__) && LS_WIDTH == 16
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#elif defined(__AVX2__) && LS_WIDTH == 8
+  return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+  int32_t all = 0;
+  for (int i = 0; i < W; i++) all |= v[i];
+  return all != 0;
+#endif
+}
+
 LS_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__) && LS_WIDTH == 16
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

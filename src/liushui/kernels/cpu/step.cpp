@@ -344,15 +344,12 @@ void keep_best(void* context, int worker, long row, long column, const float* va
       }
       v = scaled;
     }
-    vf most = splat(best.value);
-    vi odd = {};
-    for (long i = 0; i < part; i += W) {
-      const vf x = part - i >= W ? load(v + i) : splat(best.value);
-      most = vmax(x, most);
-      odd |= (vi)(x != x);
+    vi worth = {};  // a look: a larger one, or one that is not a number
+    for (long i = 0; i + W <= part; i += W) {
+      const vf x = load(v + i);
+      worth |= (vi)(x > splat(best.value)) | (vi)(x != x);
     }
-    bool look = part % W != 0 || lane_max(most) > best.value;
-    for (int lane = 0; lane < W; lane++) look |= odd[lane] != 0;
+    const bool look = part % W != 0 || any(worth);
     if (!look) continue;
     for (long i = 0; i < part; i++) {
       best.spoiled |= v[i] != v[i];
