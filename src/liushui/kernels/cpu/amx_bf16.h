@@ -15,6 +15,7 @@ constexpr long kTileBytes = 1024, kPairBytes = 2 * kTileBytes;
 constexpr long kPairColumns = 32, kPairRows = 32;  // of two tiles
 constexpr long kSumBytes = kPairColumns * sizeof(float);  // of a row of sums
 constexpr long kBlockPairs = 16;                   // pairs of tiles of rows that pass over a panel while it is near
+constexpr long kStreamPairs = 2;                   // up to here a panel is fetched by being read, at memory's speed
 constexpr long kTurnsAhead = 2, kStreamAhead = 4;  // how many steps of K early x and the weight are fetched
 
 inline long bf16_chunks(long k) { return (k + kInnerGroup - 1) / kInnerGroup; }
@@ -149,7 +150,7 @@ template <class Done>
 void tile_panel(const TileInput& x, long begin, long end, const WeightPanel& panel, float* y, long apart,
                 const Done& done) {
   const long chunks = x.chunks(), turns = max_of(1, (end - begin - 1) * chunks);
-  const long lines = (panel.ahead_bytes / 64 + turns - 1) / turns;
+  const long lines = end - begin <= kStreamPairs ? 0 : (panel.ahead_bytes / 64 + turns - 1) / turns;
   for (long pair = begin; pair < end; pair++, y += apart) {
     const long row = pair * kPairRows, height = min_of(kPairRows, x.rows - row);
     Following following = {pair + 1 < end ? -chunks * kPairBytes : 0, nullptr, 0};
