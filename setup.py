@@ -29,7 +29,7 @@ X86_64 = {
     "generic": [],
     "avx2": AVX2,
     "avx512": AVX512,
-    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mtune=sapphirerapids"],
+    "amx": [*AVX512, "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mtune=sapphirerapids"],
 }
 COMMON = ("library", "threads", "features")
 PER_INSTRUCTION_SET = ("kernels", "linear", "step")

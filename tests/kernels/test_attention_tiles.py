@@ -111,7 +111,7 @@ def test_a_row_alone_is_the_row_in_a_prompt(queries: int, window: int | None) ->
     heads = Heads(queries, 1, 32)
     sequence = Sequence.random(heads, 600, torch.bfloat16, seed=queries)
     (whole,) = attend(_OPS[2], [Share(sequence, 0, 600)], window=window)
-    for position in (0, 1, 31, 32, 255, 256, 257, 300, 511, 512, 599):
+    for position in (0, 1, 31, 32, 127, 128, 129, 255, 256, 300, 384, 512, 599):
         (alone,) = attend(_OPS[1], [Share(sequence, position, position + 1)], window=window)
         assert torch.equal(alone[0], whole[position])
 
@@ -135,6 +135,37 @@ def test_large_scores_and_one_key() -> None:
     close = (got.double() - sequence.expected(300.0, None)).abs().amax(1)
     assert close.median() < 1e-3
     assert torch.equal(got[0], sequence.split()[2][0].repeat(2, 1).flatten())
+
+
+@pytest.mark.parametrize("queries", [1, 6, 16])
+def test_weights_are_near_the_powers_over_all_of_their_range(queries: int) -> None:
+    """Each key's value is a direction of its own: outputs are the weights, at many fractions of a power of two."""
+    heads, errors = Heads(queries, 1, 32), []
+    for seed in range(8):
+        sequence = Sequence.random(heads, 32, torch.bfloat16, seed)
+        queries_, keys, values = (x[:] for x in sequence.split())
+        queries_.zero_()[..., 0] = 1
+        keys[..., 1:] = 0
+        keys[:, 0, 0] *= 4
+        values[:, 0] = torch.eye(32, dtype=torch.bfloat16)
+        (got,) = attend(_OPS[1], [Share(sequence, 0, 32)], scale=1.0)
+        expected = keys[:, 0, 0].double().softmax(0)
+        assert torch.equal(got[-1].view(queries, 32), got[-1, :32].expand(queries, 32))
+        errors.append(got[-1, :32].double() / expected - 1)
+    error = torch.cat(errors)
+    assert error.abs().max() < 0.015
+    assert error.square().mean().sqrt() < 0.0035
+
+
+def test_weights_of_scores_far_below_are_zero() -> None:
+    """From where the smallest normal number ends, and at any distance: no wrapping around."""
+    heads = Heads(1, 1, 32)
+    for distance in (88.0, 100.0, 1e3, 3.4e4, 4e4, 7e4, 1e5, 1e9, 3e38):
+        sequence = Sequence(heads, torch.zeros(2, 96, dtype=torch.bfloat16))
+        queries, keys, values = sequence.split()
+        queries[..., 0], keys[0, 0, 0], values[0], values[1] = 1, -distance, 5, 3
+        (got,) = attend(_OPS[1], [Share(sequence, 0, 2)], scale=1.0)
+        assert torch.equal(got[1], torch.full((32,), 3.0).bfloat16())
 
 
 def test_values_that_only_some_rows_see_are_not_finite_in_a_long_prompt() -> None:

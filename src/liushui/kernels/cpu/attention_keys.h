@@ -44,7 +44,7 @@ constexpr bool kTiles = false;
 
 // How a step's attention is cut into tasks.
 template <class T>
-constexpr liushui::AttentionCut kCut = kTiles<T> ? liushui::AttentionCut{kTileSplit, 192, 16}
+constexpr liushui::AttentionCut kCut = kTiles<T> ? liushui::AttentionCut{kTileSplit, 384, 16}
                                                  : liushui::AttentionCut{kSplit, 96, 1};
 
 // Where a block's keys and values lie in the cache. Keys are there from `from` to `to`, multiples of Kw.

@@ -274,6 +274,31 @@ bool spoils(const TaskShape& t, const TileSpace& s, const LaneSight& sight, long
   return any;
 }
 
+// The scores of one tile of rows, or of two, over blocks [begin, end), and their maxima.
+template <int L, bool two, class K>
+LS_INLINE void score_blocks(const TaskShape& t, const SplitKeys<K>& keys, const bf16* queries, const TileSpace& s,
+                            long begin, long end, const LaneSight* sight, vf (*most)[4]) {
+  constexpr long kBlock = kKeys * L;
+  const bf16* queries2 = queries + t.chunks * 32 * L;
+  const bool held = two && t.chunks == kHeldChunks;
+  const auto shape = [&](long b) {
+    for (int n = 0; n < (two ? 2 : 1); n++) hide<L>(s.scores[n] + b * kBlock, b, sight[n], s.key_scales, most[n]);
+  };
+  if (held) hold_queries(queries, queries2);
+  for (long b = begin; b < end; b++) {  // vectors follow the tiles at a distance of one block
+    float *to = s.scores[0] + b * kBlock, *to2 = s.scores[1] + b * kBlock;
+    if (b + 1 < end) fetch_keys(keys.tiles + 2 * (b + 1), t.dim);
+    if constexpr (L < 16)
+      few_scores<L>(keys.tiles + 2 * b, queries, t.dim, to);
+    else if (held)
+      held_scores(keys.tiles + 2 * b, to, to2);
+    else
+      tile_scores<two>(keys.tiles + 2 * b, queries, queries2, t.dim, to, to2);
+    if (b > begin) shape(b - 1);
+  }
+  if (begin < end) shape(end - 1);
+}
+
 // One tile of rows, or two, over a split that is prepared: their sums to sum[0] and sum[1], their states.
 template <int L, bool two, class K>
 void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, long tile,
@@ -286,24 +311,11 @@ void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const 
     sight[n] = look_at_split<L>(a, task, keys.first, (tile + n) * L, t.count);
     first = min_of(first, sight[n].first), last = max_of(last, sight[n].last);
   }
-  const long begin = first / kKeys, end = (last + kKeys - 1) / kKeys, block = kKeys * L;
+  const long begin = first / kKeys, end = (last + kKeys - 1) / kKeys;
   vf most[2][4], total[2][4] = {}, level[2];
   for (int n = 0; n < kTiles; n++)
     for (int i = 0; i < 4; i++) most[n][i] = splat(-__builtin_inff());
-  const bf16* queries = s.queries + tile * t.chunks * 32 * L;
-  const auto shape = [&](long b) {
-    for (int n = 0; n < kTiles; n++) hide<L>(s.scores[n] + b * block, b, sight[n], s.key_scales, most[n]);
-  };
-  for (long b = begin; b < end; b++) {  // vectors follow the tiles at a distance of one block
-    float *to = s.scores[0] + b * block, *to2 = s.scores[1] + b * block;
-    if (b + 1 < end) fetch_keys(keys.tiles + 2 * (b + 1), t.dim);
-    if constexpr (L == 16)
-      tile_scores<two>(keys.tiles + 2 * b, queries, queries + t.chunks * 32 * L, t.dim, to, to2);
-    else
-      few_scores<L>(keys.tiles + 2 * b, queries, t.dim, to);
-    if (b > begin) shape(b - 1);
-  }
-  if (begin < end) shape(end - 1);
+  score_blocks<L, two>(t, keys, s.queries + tile * t.chunks * 32 * L, s, begin, end, sight, most);
   for (int n = 0; n < kTiles; n++) {
     const vf highest = most_of_rows<L>(vmax(vmax(most[n][0], most[n][1]), vmax(most[n][2], most[n][3])));
     const vf nothing = splat(-__builtin_inff()), top = select((vi)(highest == nothing), nothing, highest * scale);
@@ -313,7 +325,7 @@ void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const 
   for (int n = 0; n < kTiles; n++) {
     sum_blocks<L>(t, s.values, begin, end, s.scores[n], sum[n], [&](long b, int part, int parts) {
       const float* value_scales = s.value_scales ? s.value_scales + b * kKeys : nullptr;
-      weigh<L>(s.scores[n] + b * block, scale, level[n], value_scales, total[n], part, parts);
+      weigh<L>(s.scores[n] + b * kKeys * L, scale, level[n], value_scales, total[n], part, parts);
     });
     store(state[n].weight, sum_of_rows<L>(total[n]));
     if (spoils(t, s, sight[n], begin, end, keys))
@@ -330,19 +342,25 @@ void write_tile(const Attention<bf16, K>& a, const AttentionTask& task, const Ta
   each_row(tile * L, count, a.group(),
            [&](long i, long token, long head) { out[i] = first + token * width + head * t.dim; });
   if constexpr (L == 16) {
-    const vf weight = load(state.weight);
-    for (long c = 0; c < t.columns; c++) {
-      float *from = sum + c * 256, rows[256];
-      for (long i = 0; i < 256; i += W) store(from + i, (load(from + i) + 0.0f) / weight);
-      transpose_words((const uint32_t*)from, 16, (uint32_t*)rows);
-      for (long i = 0; i < count; i++) store_up_to(out[i] + c * 16, load(rows + i * 16), t.dim - c * 16);
+    const vf share = 1.0f / load(state.weight);
+    for (long d = 0; d < t.padded; d += 32) {  // as pairs of dimensions: half as many words to turn
+      alignas(64) uint32_t pairs[16][16] = {}, rows[16][16];
+      for (long j = 0; j < min_of(16, (t.padded - d) / 2); j++) {
+        const float* from = sum + (d + 2 * j) * L;
+        store_pair((bf16*)pairs[j], fma(load(from), share, vf{}), fma(load(from + L), share, vf{}));
+      }
+      transpose_words(pairs[0], 16, rows[0]);
+      const size_t bytes = (size_t)min_of(32, t.dim - d) * sizeof(bf16);
+      for (long i = 0; i < count; i++)
+        bytes == 64 ? memcpy((void*)(out[i] + d), rows[i], 64) : memcpy((void*)(out[i] + d), rows[i], bytes);
     }
   } else {
+    const vf shares = 1.0f / load(state.weight);
     for (long i = 0; i < count; i++)
       for (long d = 0; d < t.padded; d += 32) {
         const float* from = sum + i * t.padded + d;
         float mean[32], in_order[32];
-        for (int j = 0; j < 32; j += W) store(mean + j, (load(from + j) + 0.0f) / state.weight[i]);
+        for (int j = 0; j < 32; j += W) store(mean + j, fma(load(from + j), splat(shares[i]), vf{}));
         for (int j = 0; j < 32; j++) in_order[j] = mean[paired_place(j)];
         for (long j = 0; j < 32 && d + j < t.dim; j += W)
           store_up_to(out[i] + d + j, load(in_order + j), t.dim - d - j);

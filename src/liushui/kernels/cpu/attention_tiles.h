@@ -2,7 +2,7 @@
 //
 // Scores are [key][row] = keys times queries^T, so keys are read where they lie in the cache; a vector holds one key's
 // scores for 16 rows (of several keys, where there are few rows: L lanes each), so the softmax never sums across lanes.
-// Weights are rounded to bfloat16. Weighted sums are [dimension][row] = values^T times weights; of up to 8 rows, which
+// Weights are bfloat16 (attention_weights.h). Weighted sums are [dimension][row] = values^T times weights; of up to 8 rows, which
 // pay for their values' preparation alone, [row][dimension] = weights^T times values, which need less of it.
 //
 // A row's numbers are those of its own keys, whatever else is in the tile. TDPBF16PS forms an element from its row of
@@ -13,20 +13,18 @@
 // one by one. Sums lose the sign of a zero before they are used, so that a last added zero cannot be seen either.
 #pragma once
 #include "amx.h"
-#include "attention_block.h"
+#include "attention_weights.h"
 #include "transpose.h"
 
 #if defined(LS_TILE_BF16)
 namespace {
 
-static_assert(W == 16 && kKeys == 32, "a block of keys is the depth of a tile");
-
 constexpr int kSplitBlocks = kTileSplit / kKeys;
 
 inline long dim_chunks(long dim) { return (dim + 31) / 32; }
 
-// For 16 lanes: tiles 0 to 3 hold sums, 4 and 5 the first factor, 6 and 7 the second. For fewer: 0 and 1 scores, 2
-// queries, 3 keys or values, 4 weights, 5 to 7 sums.
+// For 16 lanes: tiles 0 to 3 hold sums, 4 and 5 the first factor, 6 and 7 the second (except in held_scores). For fewer:
+// 0 and 1 scores, 2 queries, 3 keys or values, 4 weights, 5 to 7 sums.
 inline void configure_attention(int lanes) {
   TileConfig config;
   memset(&config, 0, sizeof config);
@@ -57,73 +55,6 @@ template <int L>
 LS_INLINE vf most_of_rows(vf most) {
   for (int n = L; n < W; n *= 2) most = vmax(most, rotated(most, n));
   return most;
-}
-
-// scales[key] for the lanes of that key's rows.
-template <int L>
-LS_INLINE vf of_keys(const float* scales) {
-  if constexpr (L == 16) return splat(*scales);
-  vf v;
-  for (int i = 0; i < W; i++) v[i] = scales[i / L];
-  return v;
-}
-
-// Weights of two keys for 16 rows as the second factor of the sums: [row][2].
-LS_INLINE void store_pair(bf16* to, vf first, vf second) {
-#if defined(__AVX512BF16__)
-  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-  _mm512_storeu_si512((void*)to, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
-#else
-  bf16 both[32];
-  store(both, first), store(both + W, second);
-  for (int i = 0; i < 32; i++) to[i] = both[i % 2 * 16 + i / 2];
-#endif
-}
-
-// Weights [kKeys][L] of a block for few rows as the first factor of the sums: [row][key].
-template <int L>
-LS_INLINE void store_rows(bf16* to, const vf* p) {
-#if defined(__AVX512BF16__)
-  constexpr int kPairs = L / 2, kTogether = 64 / L;  // two vectors of bfloat16 hold that many keys
-  struct Order {
-    alignas(64) uint16_t from[2][32];
-    constexpr Order() : from() {
-      for (int i = 0; i < 64; i++) from[i / 32][i % 32] = (uint16_t)(i % kTogether * L + i / kTogether);
-    }
-  };
-  static constexpr Order order;
-  const __m512i low = _mm512_load_si512(order.from[0]), high = _mm512_load_si512(order.from[1]);
-  __m512i part[2][kPairs];  // the lower and the upper half of the rows, [row][kTogether keys]
-#pragma GCC unroll 4
-  for (int i = 0; i < kPairs; i++) {
-    const __m512i a = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[4 * i + 1], (__m512)p[4 * i]);
-    const __m512i b = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[4 * i + 3], (__m512)p[4 * i + 2]);
-    part[0][i] = _mm512_permutex2var_epi16(a, low, b);
-    part[1][i] = _mm512_permutex2var_epi16(a, high, b);
-  }
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; half++, to += L / 2 * kKeys) {
-    const __m512i* from = part[half];
-    if constexpr (L == 4) {
-      _mm512_storeu_si512((void*)to, _mm512_shuffle_i64x2(from[0], from[1], 0x44));
-      _mm512_storeu_si512((void*)(to + 32), _mm512_shuffle_i64x2(from[0], from[1], 0xee));
-    } else {
-      const __m512i a = _mm512_shuffle_i64x2(from[0], from[1], 0x88), b = _mm512_shuffle_i64x2(from[0], from[1], 0xdd);
-      const __m512i c = _mm512_shuffle_i64x2(from[2], from[3], 0x88), e = _mm512_shuffle_i64x2(from[2], from[3], 0xdd);
-      _mm512_storeu_si512((void*)to, _mm512_shuffle_i64x2(a, c, 0x88));
-      _mm512_storeu_si512((void*)(to + 32), _mm512_shuffle_i64x2(b, e, 0x88));
-      _mm512_storeu_si512((void*)(to + 64), _mm512_shuffle_i64x2(a, c, 0xdd));
-      _mm512_storeu_si512((void*)(to + 96), _mm512_shuffle_i64x2(b, e, 0xdd));
-    }
-  }
-#else
-  bf16 all[kKeys * L];
-  for (int i = 0; i < kKeys * L / W; i++) store(all + i * W, p[i]);
-  for (int r = 0; r < L; r++)
-    for (int key = 0; key < kKeys; key++) to[r * kKeys + key] = all[key * L + r];
-#endif
 }
 
 // What the rows of a tile see of a split: keys [from, to) in each lane; lanes without a row hide nothing.
@@ -158,29 +89,6 @@ LS_INLINE void hide(float* scores, long block, const LaneSight& sight, const flo
     if (!all) v = select((vi)(k >= from) & (vi)(k < to), v, splat(-__builtin_inff()));
     store(scores + i * W, v);
     most[i % 4] = vmax(most[i % 4], v);
-  }
-}
-
-// Scores of a block become weights 2^(score * scale - level), in bfloat16 where the scores were; `total` is brought
-// forward. Part `part` of `parts`, in order.
-template <int L>
-LS_INLINE void weigh(float* scores, float scale, vf level, const float* value_scales, vf* total, int part, int parts) {
-  constexpr int kEach = W / L, kSums = 4 / kEach, kAtOnce = L == 16 ? 4 : kKeys / kEach;
-  bf16* to = (bf16*)scores;
-  for (int i = kKeys / kEach / parts * part; i < kKeys / kEach / parts * (part + 1); i += kAtOnce) {
-    vf p[kAtOnce];
-#pragma GCC unroll 16
-    for (int j = 0; j < kAtOnce; j++) {
-      p[j] = power_of_two(fma(load(scores + (i + j) * W), splat(scale), -level));
-      total[j % kSums] = total[j % kSums] + p[j];
-      if (value_scales) p[j] = p[j] * of_keys<L>(value_scales + (i + j) * kEach);
-    }
-    if constexpr (L == 16) {
-      store_pair(to + i * W, p[0], p[1]);
-      store_pair(to + (i + 2) * W, p[2], p[3]);
-    } else {
-      store_rows<L>(to, p);
-    }
   }
 }
 
@@ -302,6 +210,32 @@ inline void tile_scores(const KeyTile* keys, const bf16* queries, const bf16* qu
   }
 }
 
+// The same of two tiles of rows whose queries, of kHeldChunks chunks, stay in tiles 4 to 7 meanwhile.
+constexpr long kHeldChunks = 2;
+
+inline void hold_queries(const bf16* queries, const bf16* queries2) {
+  LS_TILE_LOAD(4, queries, 64);
+  LS_TILE_LOAD(5, queries + 512, 64);
+  LS_TILE_LOAD(6, queries2, 64);
+  LS_TILE_LOAD(7, queries2 + 512, 64);
+}
+
+inline void held_scores(const KeyTile* keys, float* scores, float* scores2) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++) {
+    LS_TILE_ZERO(0);
+    LS_TILE_LOAD(2, keys[half].first, keys[half].row_bytes);
+    LS_TILE_BF16(0, 2, 4);
+    LS_TILE_ZERO(1);
+    LS_TILE_BF16(1, 2, 6);
+    LS_TILE_LOAD(3, keys[half].first + 32, keys[half].row_bytes);
+    LS_TILE_BF16(0, 3, 5);
+    LS_TILE_BF16(1, 3, 7);
+    LS_TILE_STORE(0, scores + half * 256, 64);
+    LS_TILE_STORE(1, scores2 + half * 256, 64);
+  }
+}
+
 // The same of few rows.
 template <int L>
 inline void few_scores(const KeyTile* keys, const bf16* queries, long dim, float* scores) {
@@ -396,7 +330,7 @@ LS_INLINE void merge_lanes(float* sum, LaneState& state, const float* more, cons
   const vf before = load(state.level), now = load(next.level), joint = vmax(before, now);
   const vf top = select((vi)(joint == splat(-__builtin_inff())), splat(0.0f), joint);  // no key yet
   const vf keep = power_of_two(before - top), add = power_of_two(now - top);
-  const auto join = [&](long i, vf k, vf a) { store(sum + i, fma(load(more + i) + 0.0f, a, load(sum + i) * k)); };
+  const auto join = [&](long i, vf k, vf a) { store(sum + i, fma(load(more + i), a, load(sum + i) * k)); };
   if constexpr (L == 16) {
     for (long i = 0; i < padded * L; i += W) join(i, keep, add);
   } else {
