@@ -36,7 +36,7 @@ class EngineConfig:
     max_num_seqs: int | None = None
     """Most sequences in the batch at once. Default: 64, on a GPU 256."""
     max_num_batched_tokens: int | None = None
-    """Most tokens fed in one step; longer prompts enter in chunks. Default: 512, on a GPU 8192."""
+    """Most tokens fed in one step; longer prompts enter in chunks. Default: 1024, on a GPU 8192."""
     policy: Policy = "continuous"
     """continuous: enter and leave at every step. static: gather, enter together, leave together."""
     kv_cache_gib: float | None = None
@@ -117,7 +117,7 @@ class EngineConfig:
 
 _MOST = {"max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 20, "threads": 1024}
 """Beyond any machine; the work space of a step grows with them."""
-_CPU_BATCH, _GPU_BATCH = (64, 512), (256, 8192)
+_CPU_BATCH, _GPU_BATCH = (64, 1024), (256, 8192)
 """Sequences in a batch, tokens in a step."""
 
 

@@ -29,7 +29,7 @@ def test_report_names_everything_that_came_from_somewhere() -> None:
     text = "\n".join(lines)
     assert lines[0] == "smollm2: GGUF Q4_1, 94 MB"
     assert "kernels: avx2, 2 threads\nKV cache: 1 GiB" in text
-    assert "continuous, up to 64 sequences and 512 tokens a step, max_model_len 2,048, prefix caching on" in text
+    assert "continuous, up to 64 sequences and 1,024 tokens a step, max_model_len 2,048, prefix caching on" in text
     assert "BOS '<|bos|>' is put in front; answers end with '<|eos|>'; chat template " in text
     assert "not applied, though the model's files suggest it: temperature=0.6, top_p=0.9" in text
     assert lines[-1].startswith("ready after ")

@@ -103,8 +103,8 @@ def test_the_batch_of_the_device() -> None:
         settled = EngineConfig(**settings).validate().settled(on_gpu)
         return settled.max_num_seqs, settled.max_num_batched_tokens
 
-    assert batch(False) == (64, 512) == (EngineConfig().seats, EngineConfig().step_tokens)
+    assert batch(False) == (64, 1024) == (EngineConfig().seats, EngineConfig().step_tokens)
     assert batch(True) == (256, 8192)
-    assert batch(False, max_num_seqs=1000) == (1000, 1000)
+    assert batch(False, max_num_seqs=2000) == (2000, 2000)
     assert batch(True, max_num_batched_tokens=100) == (100, 100)
     assert batch(True, max_num_seqs=3, max_num_batched_tokens=7) == (3, 7)
