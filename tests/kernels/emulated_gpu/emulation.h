@@ -137,6 +137,12 @@ template <class T> static inline T __shfl_xor_sync(u32, T x, int mask) {
   memcpy(&x, got, sizeof(T));
   return x;
 }
+static inline u32 __shfl_sync(u32, u32 x, int from) {
+  const u32 words[2] = {x, static_cast<u32>(from)};
+  return *together(words, 2, [](u32(*in)[12], u32(*out)[4]) {
+    for (int lane = 0; lane < 32; lane++) out[lane][0] = in[in[lane][1] % 32][0];
+  });
+}
 static inline void __syncwarp() { together(nullptr, 0, [](u32(*)[12], u32(*)[4]) {}); }
 static inline void meet_in_block(u32 threads) {
   Block& b = block();
@@ -225,6 +231,18 @@ static inline void box_copy(u32 target, const TensorMap* map, int column, int ro
   barrier_at(at).bytes -= map->box * 128;
   settle(barrier_at(at));
 }
+// A tensor's tile of 8 rows and 512 columns, 64 columns after 64.
+static inline void tile_copy(u32 target, const TensorMap* map, int row, int chunk, u32 at) {
+  if (target % 1024 || row < 0 || row + 8 > map->height || chunk * 64 + 512 > map->columns) abort();
+  for (int i = 0; i < 512; i++) {  // pieces of 16 bytes
+    u32 place = target + i * 16;
+    place ^= (place >> 7 & 7) << 4;
+    memcpy(shared_memory() + place, map->rows + (row + i / 8 % 8) * map->columns + (chunk + i / 64) * 64 + i % 8 * 8, 16);
+  }
+  barrier_at(at).bytes -= 8192;
+  settle(barrier_at(at));
+}
+static inline void announce(const TensorMap*) {}
 static inline void rest() {}
 static inline void load_transposed(u32 (&r)[4], u32 address) {
   if (address % 16) abort();
@@ -237,7 +255,28 @@ static inline void load_transposed(u32 (&r)[4], u32 address) {
   });
   memcpy(r, got, 16);
 }
+static inline bool elected() { return self->thread % 32 == 0; }
 static inline int warp_index() { return self->thread / 32; }
+static inline u32 uniform(u32 x) { return __shfl_sync(0, x, 0); }
+template <u32 APART> static inline u32 chain_place(u32 address) { return (address & 0x3FFFF) >> 4 | APART >> 4 << 16; }
+static inline void chain_begin() {}
+static inline void chain_end() {}
+template <int LEFT> static inline void chain_wait(float (&)[4]) {}
+static inline void fence_async() {}
+static inline u32 chain_apart(u32 bytes) { return bytes >> 4; }
+static inline void chain_step(float (&c)[4], u32 a, u32 apart, u32 b) {
+  const u32 lane = self->thread % 32, first = self->thread / 32 % 4 * 16 + lane / 4;
+  for (u32 i = 0; i < 4; i++) {
+    const u32 row = first + i / 2 * 8, token = lane % 4 * 2 + i % 2;
+    for (u32 k = 0; k < 16; k++) {
+      u32 w = (a & 0x3FFF) * 16 + row / 8 * apart * 16 + row % 8 * 128 + k * 2;
+      w ^= (w >> 7 & 7) << 4;
+      const u32 x = (b & 0x3FFF) * 16 + k / 8 * (b >> 16) * 16 + token * 16 + k % 8 * 2;
+      if (w + 2 > block().shared.size() || x + 2 > block().shared.size()) abort();
+      c[i] += __uint_as_float(static_cast<u32>(read<u16>(shared_memory() + w)) << 16) * __uint_as_float(static_cast<u32>(read<u16>(shared_memory() + x)) << 16);
+    }
+  }
+}
 static inline void load_matrices(u32 (&r)[4], u32 address) {
   if (address % 16) abort();
   u32* got = together(&address, 1, [](u32(*in)[12], u32(*out)[4]) {

@@ -93,14 +93,14 @@ struct Attend {
   DEVICE void logits(float (&c)[4][4], int unit) const {
     const int start = low + unit * UNIT;
     const Place place = taken.on(unit);
-    const u32 slot = await_slot(s, place), line = slot + lane % 8 * 128, turn = (slot >> 7) + lane & 7;
+    const u32 line = await_slot(s, place) + lane % 8 * 128;
     const u32 fresh = shared_address(w.key) + lane / 8 * 16, query = shared_address(&w.query[lane % 8][lane / 8 * 8]);
     const int mine = last - start - lane % 8;  // the new key's distance
 #pragma unroll
     for (int h = 0; h < DIM / 32; h++) {
       u32 a[4], k[4][4];
       load_matrices(a, query + h * 64);
-      const u32 piece = h / 2 * UNIT * 128 + ((h % 2 * 4 + lane / 8 ^ turn) << 4);
+      const u32 piece = h / 2 * UNIT * 128 + ((h % 2 * 4 + lane / 8 ^ lane % 8) << 4);
 #pragma unroll
       for (int i = 0; i < 4; i++) load_matrices(k[i], mine == i * 8 ? fresh + h * 64 : line + i * 1024 + piece);
 #pragma unroll
@@ -147,17 +147,18 @@ struct Attend {
     float alpha;
   };
   // The new value comes from the workspace; what lies behind it may be anything, NaN too.
-  DEVICE void open(Values& x, Place values, int unit) const {
-    const u32 slot = shared_address(s.ring[values.on(unit).slot]), turn = (slot >> 7) + lane & 7;
-    const u32 line = slot + lane % 16 * 128 + warp / 4 * UNIT * 128 + ((warp % 4 * 2 + lane / 16 ^ turn) << 4);
-    const int mine = last - low - unit * UNIT - lane % 16;
-    load_matrices(x.p, shared_address(&w.weights[lane % 8][unit * UNIT + lane / 8 * 8]));
+  DEVICE void open(Values& x, u32 line, u32 weights, int unit) const {
+    u32 from[2] = {line, line + 16 * 128};
+    if (low + unit * UNIT + UNIT > last) {
+      const int mine = last - low - unit * UNIT - lane % 16;
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-      u32 from = line + k * 16 * 128;
-      if (mine <= k * 16) from = shared_address(mine < k * 16 ? static_cast<void*>(&s.zero) : w.value + warp * 16 + lane / 16 * 8);
-      load_transposed(x.v[k], from);
+      for (int k = 0; k < 2; k++)
+        if (mine <= k * 16)
+          from[k] = shared_address(mine < k * 16 ? static_cast<void*>(&s.zero) : w.value + warp * 16 + lane / 16 * 8);
     }
+    load_matrices(x.p, weights);
+#pragma unroll
+    for (int k = 0; k < 2; k++) load_transposed(x.v[k], from[k]);
     x.alpha = w.alphas[unit / 2][g];
   }
   DEVICE static void mix(float (&mixed)[2][4], float (&norm)[4], const Values& x, bool begins) {
@@ -209,8 +210,10 @@ struct Attend {
       send(out + i * 4, pair(divide(__fadd_rn(mixed[i][0], 0.0f), norm), divide(__fadd_rn(mixed[i][1], 0.0f), norm)), tag);
   }
   DEVICE void run(Trace trace) const {
+    waits(s, true);
     sync();  // the workspace is free: all warps are through with the product
     prepare();
+    waits(s, false);
     trace.mark(12);
     float c[2][4][4] = {};
 #pragma unroll
@@ -224,22 +227,26 @@ struct Attend {
     trace.mark(13);
     if (warp * 16 < DIM) {
       constexpr int BATCH = 8;  // slots that are awaited and released together
-      const Place values = taken.on(units);
+      Place values = taken.on(units);
       float mixed[2][4] = {}, norm[4] = {};
-      Values even, odd;
+      const u32 line = lane % 16 * 128 + warp / 4 * UNIT * 128 + ((warp % 4 * 2 + lane / 16 ^ lane % 8) << 4);
+      const u32 weights = shared_address(&w.weights[lane % 8][lane / 8 * 8]);
 #pragma unroll 1
       for (int first = 0; first < units; first += BATCH) {
-        const int end = min(units, first + BATCH);
-        await_slots(s, values.on(first), end - first);
-        open(even, values, first);
-#pragma unroll 1
-        for (int unit = first; unit < end; unit += 2) {
-          if (unit + 1 < end) open(odd, values, unit + 1);
-          mix(mixed, norm, even, true);
-          if (unit + 2 < end) open(even, values, unit + 2);
-          if (unit + 1 < end) mix(mixed, norm, odd, false);
-        }
-        release_slots(s, values.on(first), end - first, 128 / DIM);
+        const int here = min(units - first, BATCH);
+        await_slots(s, values, here);
+        Values of[2];
+        Place at = values;
+        open(of[0], shared_address(s.ring[at.slot]) + line, weights + first * UNIT * 2, first);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++)
+          if (i < here) {
+            at = at.on(1);
+            if (i + 1 < here) open(of[(i + 1) % 2], shared_address(s.ring[at.slot]) + line, weights + (first + i + 1) * UNIT * 2, first + i + 1);
+            mix(mixed, norm, of[i % 2], i % 2 == 0);
+          }
+        release_slots(s, values, here, 128 / DIM);
+        values = values.on(here);
       }
       finish(mixed, norm[0]);
     }

@@ -10,8 +10,8 @@
 // A weight tile is 8 rows; its sum over K is one chain of k16 products in ascending order, as in all other products of
 // liushui, and norms and attention follow the Triton kernels operation by operation: the bits are theirs.
 //
-// Compile-time: HIDDEN, INNER, HEADS, KV_HEADS, DIM, LAYERS, BLOCK (tokens in a block of the cache), ROWS (sequences, 1
-// to 8), SLOTS (of the ring), QK_NORM. And, 0 unless set:
+// Compile-time: HIDDEN, INNER, HEADS, KV_HEADS, DIM, LAYERS, BLOCK (tokens in a block of the cache), ROWS (most
+// sequences, 1 to 8), SLOTS (of the ring), QK_NORM. And, 0 unless set:
 //   GUARD     1: a wait of seconds ends in an error
 //   TRACE     1: clock of each part of layer 5
 
@@ -19,6 +19,7 @@
 
 DEVICE void compute(Shared& s, const Step& step) {
   Place taken{0, 0};
+  const int rows = live(step);
   const u32 base = fresh32(step.counter + 1) << 7;
   const auto nothing = [](int, int) { return 0u; };
   Norm before(s.layers[0].input_norm);
@@ -36,9 +37,9 @@ DEVICE void compute(Shared& s, const Step& step) {
     };
     const Trace trace{i == 5};
     trace.mark(0);
-    before.take(s, i == 0 ? step.stream : nullptr, Mail(step, i + 1).out, tag - 1, step.eps, trace, 10);
+    before.take(s, i == 0 ? step.stream : nullptr, Mail(step, i + 1).out, tag - 1, step.eps, rows, trace, 10);
     trace.mark(1);
-    taken = product<1, HIDDEN>(s, taken, QKV, nothing, [&](int token, int column, const float(&v)[1][2], u32) {
+    taken = product<1, HIDDEN>(s, taken, QKV, rows, nothing, [&](int token, int column, const float(&v)[1][2], u32) {
       send(mail.qkv + ((i64)token * QKV + column) / 2, pair(v[0][0], v[0][1]), tag);
     });
     trace.mark(2);
@@ -51,15 +52,15 @@ DEVICE void compute(Shared& s, const Step& step) {
     }
     trace.mark(3);
     const Norm between(layer.mlp_norm);
-    take<QUERY>(s, mail.mixed, tag);
+    take<QUERY>(s, mail.mixed, tag, rows);
     trace.mark(4);
-    taken = product<1, QUERY>(s, taken, HIDDEN, old, [&](int token, int column, const float(&v)[1][2], u32 was) {
+    taken = product<1, QUERY>(s, taken, HIDDEN, rows, old, [&](int token, int column, const float(&v)[1][2], u32 was) {
       add(mail.middle, token, column, v[0], was);
     });
     trace.mark(5);
-    between.take(s, nullptr, mail.middle, tag, step.eps, trace, 11);
+    between.take(s, nullptr, mail.middle, tag, step.eps, rows, trace, 11);
     trace.mark(6);
-    taken = product<2, HIDDEN>(s, taken, INNER, nothing, [&](int token, int column, const float(&v)[2][2], u32) {
+    taken = product<2, HIDDEN>(s, taken, INNER, rows, nothing, [&](int token, int column, const float(&v)[2][2], u32) {
       float y[2];
 #pragma unroll
       for (int j = 0; j < 2; j++) y[j] = __fmul_rn(silu(widen(narrow(v[0][j]))), widen(narrow(v[1][j])));
@@ -67,9 +68,9 @@ DEVICE void compute(Shared& s, const Step& step) {
     });
     trace.mark(7);
     before = Norm(s.layers[min(i + 1, LAYERS - 1)].input_norm);
-    take<INNER>(s, mail.inner, tag);
+    take<INNER>(s, mail.inner, tag, rows);
     trace.mark(8);
-    taken = product<1, INNER>(s, taken, HIDDEN, old, [&](int token, int column, const float(&v)[1][2], u32 was) {
+    taken = product<1, INNER>(s, taken, HIDDEN, rows, old, [&](int token, int column, const float(&v)[1][2], u32 was) {
       add(mail.out, token, column, v[0], was);
     });
     trace.mark(9);
@@ -85,6 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(cons
 #pragma unroll 1
     for (int i = 0; i < SLOTS; i++) ring_init(shared_address(&s.full[i]), 1), ring_init(shared_address(&s.empty[i]), WARPS);
     s.zero = make_uint4(0, 0, 0, 0);
+    s.waiting = 0;
     ring_ready();
   }
   const u64* layers = reinterpret_cast<const u64*>(step.layers);
@@ -93,4 +95,4 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(cons
   if (threadIdx.x >= THREADS) stream_weights(s, step);
   else compute(s, step);
 }
-extern "C" __device__ const int shared_bytes = sizeof(Shared);
+extern "C" __device__ const int shared_bytes = SHARED_BYTES;

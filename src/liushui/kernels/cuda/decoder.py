@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liushui.kernels.cuda import CudaUnavailableError
-from liushui.kernels.cuda.driver import Kernel, tensor_map
+from liushui.kernels.cuda.driver import Kernel, tensor_map, tile_map
 from liushui.kernels.cuda.nvrtc import machine_code
 
 LOG2E = 1.4426950408889634
@@ -19,8 +19,8 @@ SPAN, UNIT, PIECE = 512, 32, 512
 SHARED_BYTES = 232_448
 """Of a Hopper multiprocessor."""
 MAX_LAYERS = 126
-MIN_SLOTS = 18
-"""A warp awaits its next two tiles while it holds two, and those of seven others lie between."""
+MIN_SLOTS = 11
+"""Four tiles are in use, four awaited, three places left out at the end of the ring."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Shape:
     dim: int
     qk_norm: bool
     rows: int
-    """Sequences of a step, 1 to 8."""
+    """Most sequences of a step, 1 to 8."""
     layers: int
     block: int
     """Tokens in a block of the cache."""
@@ -43,8 +43,8 @@ class Shape:
         """Places of the ring of weight tiles: what shared memory has beside the input of a product."""
         widest = max(self.hidden, self.inner, self.heads * self.dim)
         attention = 8 * (self.dim + 8) * 2 + 4 * self.dim + 8 * (SPAN + 8) * 2 + 24 * 32
-        work = max(self.rows * (widest + 8) * 2 + 128, attention) + 16
-        slot = max(8 * (PIECE * 2 + 16), UNIT * self.dim * 2)
+        work = max(self.rows * widest * 2 + 256, attention) + 16
+        slot = 8 * PIECE * 2
         fixed = work + 8 * self.rows * 12 + 32 + 88 * self.layers
         return (SHARED_BYTES - fixed) // (slot + 16)
 
@@ -82,8 +82,13 @@ class Layer:
     keys: Tensor
     values: Tensor
 
-    def pointers(self) -> list[int]:
-        return [0 if tensor is None else tensor.data_ptr() for tensor in (getattr(self, n) for n in self.__slots__)]
+    def weights(self) -> list[Tensor]:
+        return [self.qkv, self.output, self.gate_up, self.down]
+
+    def pointers(self, maps: Tensor) -> list[int]:
+        """As the kernel's `Layer`; `maps` [4, 128]: of the weights."""
+        others = [getattr(self, name) for name in self.__slots__[4:]]
+        return [part.data_ptr() for part in maps] + [0 if part is None else part.data_ptr() for part in others]
 
 
 def splits_of(width: int, block_size: int) -> int:
@@ -99,8 +104,8 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (
             "layers", "stream", "mail", "positions", "slots", "lengths", "table", "counter",
         )),
-        *((name, ctypes.c_int) for name in ("width", "splits", "cache_rows")),
-        ("eps", ctypes.c_float), ("scale", ctypes.c_float), ("more", ctypes.c_ubyte * 44),
+        *((name, ctypes.c_int) for name in ("width", "splits", "cache_rows", "rows")),
+        ("eps", ctypes.c_float), ("scale", ctypes.c_float), ("more", ctypes.c_ubyte * 40),
     ]  # fmt: skip
 
 
@@ -117,7 +122,10 @@ class Decoder:
         self.layers = layers  # what the addresses point to
         keys, values = layers[0].keys, layers[0].values
         device = keys.device
-        self.addresses = torch.tensor([layer.pointers() for layer in layers], dtype=torch.int64, device=device)
+        tiles = b"".join(_tile_map(weight) for layer in layers for weight in layer.weights())
+        self.tiles = torch.frombuffer(bytearray(tiles), dtype=torch.uint8).view(-1, 4, 128).to(device)
+        pointers = [layer.pointers(maps) for layer, maps in zip(layers, self.tiles, strict=True)]
+        self.addresses = torch.tensor(pointers, dtype=torch.int64, device=device)
         query, kv = shape.heads * shape.dim, shape.kv_heads * shape.dim
         words = (2 * shape.hidden + 2 * query + 2 * kv + shape.inner) // 2
         parts = splits_of(width, shape.block) * shape.heads * (shape.dim + 2)
@@ -141,17 +149,27 @@ class Decoder:
         rows, box = self.cache_rows * len(self.layers), min(UNIT, self.shape.block)
         if first.device.type == "cuda":
             return tensor_map(first, rows, self.shape.dim, box)
-        # What the emulated copy engine reads (tests).
-        return b"".join(x.to_bytes(8, "little") for x in (first.data_ptr(), self.shape.dim, rows, box)) + b"\0" * 96
+        return _emulated_map(first, self.shape.dim, rows, box)
 
     def step(self, stream: Tensor, positions: Tensor, slots: Tensor, lengths: Tensor, block_table: Tensor) -> Step:
         tensors = (self.addresses, stream, self.mail, positions, slots, lengths, block_table, self.counter)
         width = block_table.shape[1]
         return Step(
             *((ctypes.c_ubyte * 128)(*m) for m in self.maps), *(tensor.data_ptr() for tensor in tensors), width,
-            splits_of(width, self.shape.block), self.cache_rows, self.eps, self.scale * LOG2E,
+            splits_of(width, self.shape.block), self.cache_rows, len(stream), self.eps, self.scale * LOG2E,
         )  # fmt: skip
 
     def __call__(self, stream: Tensor, positions: Tensor, slots: Tensor, lengths: Tensor, block_table: Tensor) -> None:
         """The residual stream [rows, hidden] through all layers, in place; keys and values go to the cache."""
         self.kernel.launch(self.blocks, self.step(stream, positions, slots, lengths, block_table))
+
+
+def _tile_map(weight: Tensor) -> bytes:
+    if weight.device.type == "cuda":
+        return tile_map(weight)
+    return _emulated_map(weight, weight.shape[1], weight.shape[0], 8)
+
+
+def _emulated_map(first: Tensor, columns: int, rows: int, box: int) -> bytes:
+    """What the emulated copy engine reads (tests)."""
+    return b"".join(x.to_bytes(8, "little") for x in (first.data_ptr(), columns, rows, box)) + b"\0" * 96

@@ -70,6 +70,19 @@ def tensor_map(tensor: torch.Tensor, rows: int, columns: int, box: int) -> bytes
     return ctypes.string_at(at, 128)
 
 
+def tile_map(weight: torch.Tensor) -> bytes:
+    """For the copy engine: bfloat16 [N, K] as tiles of 8 rows and 512 columns, 64 columns after 64, swizzled."""
+    rows, columns = weight.shape
+    store = (ctypes.c_ubyte * 192)()
+    at = (ctypes.addressof(store) + 63) // 64 * 64
+    u64s, u32s = ctypes.c_uint64 * 3, ctypes.c_uint32 * 3
+    _check(_driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(at), _BFLOAT16, 3, ctypes.c_void_p(weight.data_ptr()), u64s(64, rows, columns // 64),
+        u64s(columns * 2, 128, 0), u32s(64, 8, 8), u32s(1, 1, 1), _PLAIN, _SWIZZLE_128, _PROMOTE_256, 0,
+    ))  # fmt: skip
+    return ctypes.string_at(at, 128)
+
+
 def _check(error: int) -> None:
     if error:
         text = ctypes.c_char_p()

@@ -2,79 +2,96 @@
 #pragma once
 #include "ring.cuh"
 
-// Where a product's input lies in `work`: column c (a multiple of 8) of row r.
-template <int COLUMNS> DEVICE int input_at(int r, int c) {
-  return (r * (COLUMNS + 8) + c) * 2;
+// Where a product's input lies in `work`: column c of row r.
+DEVICE int input_at(int r, int c) { return (c / 8 * ROWS + r) * 16 + c % 8 * 2; }
+DEVICE void waits(Shared& s, bool yes) {
+  if (threadIdx.x == 0) *static_cast<volatile u32*>(&s.waiting) = yes;
+}
+// The input is written.
+DEVICE void input_ready(Shared& s) {
+  waits(s, false);
+  fence_async();
+  sync();
+}
+
+// The tenants of a group of tiles, side by side; the places left out before them are passed on.
+DEVICE Place group_place(Shared& s, Place taken, int tiles, bool mine) {
+  if (fits(taken.slot, tiles)) return taken;
+  const int left = SLOTS - (int)taken.slot;
+  if (mine) {
+    await_slots(s, taken, left);
+    release_slots(s, taken, left, WARPS);
+  }
+  return {0, taken.round + 1};
 }
 // PARTS tiles of 8 weight rows against all rows of the input; `end(token, column, values)` gets each part's values of
 // `column` and the next. `start(token, column)` is called before the sum, its result handed to `end`. The first tile is
-// tenant `taken` of the ring; returns who follows the last.
+// tenant `taken` of the ring; returns who follows the last. One group of four warps multiplies: 64 weight rows at once.
 template <int PARTS, int COLUMNS, class Start, class End>
-DEVICE Place product(Shared& s, Place taken, int rows, Start start, End end) {
-  constexpr int PIECES = COLUMNS / PIECE;
+DEVICE Place product(Shared& s, Place taken, int rows, int live, Start start, End end) {
+  constexpr int PIECES = COLUMNS / PIECE, MOST = MOST_TILES / PARTS, STEPS = PIECE / 16, EARLY = 12, KINDS = 2 / PARTS;
   const int units = share(rows / 8), warp = warp_index(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll 1
-  for (int first = 0; first < units; first += WARPS) {
-    const int here = min(WARPS, units - first), column = (int)(blockIdx.x + gridDim.x * (first + warp)) * 8;
-    Place at[PARTS];
-    at[0] = taken.on(warp * PARTS);
-    if (PARTS == 2) at[PARTS - 1] = at[0].on(1);
-    taken = taken.far_on(here * PIECES * PARTS);
-    if (warp >= here) continue;
-    constexpr int STEPS = PIECE / 32, EARLY = 4;
-    const int row = lane % 8, offset = row * ROW_BYTES + lane / 8 * 16;
-    u32 x = row < ROWS ? shared_address(s.work) + input_at<COLUMNS>(row, lane / 8 * 8) : shared_address(&s.zero);
-    const u32 stride = row < ROWS ? 64 : 0;
-    const bool mine = g < ROWS;
-    u32 old = mine ? start(g, column + 2 * t) : 0;
-    float c[PARTS][4] = {};
-    u32 tile[PARTS], next[PARTS] = {}, b[PARTS][4], a[4];
-    load_matrices(a, x);
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-      tile[part] = await_slot(s, at[part]) + offset;
-      load_matrices(b[part], tile[part]);
+  for (int first = 0; first < units; first += MOST) {
+    const int last = min(first + MOST, units), tiles = (last - first) * PARTS, token = t * 2 + g % 2;
+    if (warp >= 4) {
+#pragma unroll 1
+      for (int piece = 0; piece < PIECES; piece++) taken = group_place(s, taken, tiles, false).on(tiles);
+      continue;
     }
+    int column[KINDS];
+    u32 old[KINDS];
+    bool mine[KINDS];
+#pragma unroll
+    for (int kind = 0; kind < KINDS; kind++) {
+      const int unit = first + warp * KINDS + kind;
+      column[kind] = (int)(blockIdx.x + gridDim.x * unit) * 8 + g / 2 * 2, mine[kind] = token < live && unit < last;
+      old[kind] = mine[kind] ? start(token, column[kind]) : 0;
+    }
+    float c[4] = {};
+    const u32 apart = chain_apart(tiles == 1 ? 0 : SLOT_BYTES);  // a tile alone is read eight times
+    const u32 x = chain_place<ROWS * 16>(shared_address(s.work));
+    Place at = group_place(s, taken, tiles, warp == 0), before = at;
+    await_slots(s, at, tiles);
 #pragma unroll 1
     for (int piece = 0; piece < PIECES; piece++) {
-      const bool more = piece + 1 < PIECES;
+      const u32 a = chain_place<16>(shared_address(s.ring[uniform(at.slot)])), b = x + uniform(piece) * (PIECE / 8 * ROWS);
+      chain_begin();
 #pragma unroll
-      for (int i = 0; i < STEPS; i++) {  // the next matrices are on their way while these are multiplied
-        u32 v[4], w[PARTS][4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          v[j] = a[j];
-#pragma unroll
-          for (int part = 0; part < PARTS; part++) w[part][j] = b[part][j];
-        }
-        x += stride;
-        if (i + 1 < STEPS || more) {
-          load_matrices(a, x);
-#pragma unroll
-          for (int part = 0; part < PARTS; part++)
-            load_matrices(b[part], i + 1 < STEPS ? tile[part] + (i + 1) * 64 : next[part]);
-        }
-#pragma unroll
-        for (int half = 0; half < 4; half += 2)
-#pragma unroll
-          for (int part = 0; part < PARTS; part++) multiply(c[part], v[half], v[half + 1], w[part][half], w[part][half + 1]);
-        if (i == STEPS - EARLY && more) {  // in the shadow of the products
-#pragma unroll
-          for (int part = 0; part < PARTS; part++) next[part] = await_slot(s, at[part].on(here * PARTS)) + offset;
-        }
+      for (int i = 0; i < EARLY; i++) chain_step(c, a + i / 4 * 64 + i % 4 * 2, apart, b + i * 2 * ROWS);
+      chain_end();
+      chain_wait<1>(c);  // the piece before is done
+      if (piece > 0) release_slots(s, before, tiles, WARPS / 4);
+      before = at, at = at.on(tiles);
+      if (piece + 1 < PIECES) {
+        at = group_place(s, at, tiles, warp == 0);
+        await_slots(s, at, tiles);
       }
+      chain_begin();
 #pragma unroll
-      for (int part = 0; part < PARTS; part++) {
-        release_slot(s, at[part], WARPS);
-        at[part] = at[part].on(here * PARTS), tile[part] = next[part];
+      for (int i = EARLY; i < STEPS; i++) chain_step(c, a + i / 4 * 64 + i % 4 * 2, apart, b + i * 2 * ROWS);
+      chain_end();
+    }
+    chain_wait<0>(c);
+    release_slots(s, before, tiles, WARPS / 4);
+    taken = at;
+    // A thread has tokens 2 t and 2 t + 1 of rows g and 8 + g; its neighbour of the next row takes one of them.
+    float values[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const float given = __shfl_xor_sync(0xFFFFFFFFu, g % 2 ? c[2 * i] : c[2 * i + 1], 4);
+      values[i][0] = g % 2 ? given : c[2 * i], values[i][1] = g % 2 ? c[2 * i + 1] : given;
+    }
+#pragma unroll
+    for (int kind = 0; kind < KINDS; kind++)
+      if (mine[kind]) {
+        float own[PARTS][2];
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+#pragma unroll
+          for (int j = 0; j < 2; j++) own[part][j] = values[kind + part][j];
+        end(token, column[kind], own, old[kind]);
       }
-    }
-    if (mine) {
-      float values[PARTS][2];
-#pragma unroll
-      for (int part = 0; part < PARTS; part++) values[part][0] = c[part][0], values[part][1] = c[part][1];
-      end(g, column + 2 * t, values, old);
-    }
   }
   return taken;
 }
@@ -99,19 +116,21 @@ template <int COUNT> DEVICE void receive(u32 (&words)[COUNT][2], const u64* at, 
 }
 
 // The input of a product: rows as they are.
-template <int COLUMNS> DEVICE void take(Shared& s, const u64* mail, u32 tag) {
+template <int COLUMNS> DEVICE void take(Shared& s, const u64* mail, u32 tag, int live) {
   constexpr int PACKETS = COLUMNS / 4, COUNT = PACKETS / THREADS;
+  waits(s, true);
   static_assert(PACKETS % (THREADS / 2) == 0, "columns");
   const int thread = threadIdx.x;
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
+    if (r >= live) break;
     if (COUNT > 0) {
       u32 words[COUNT > 0 ? COUNT : 1][2];
       receive(words, mail + ((i64)r * PACKETS + thread) * 2, THREADS * 2, tag);
       if (r == 0) sync();  // the input is free: all warps are through with the last product
 #pragma unroll
       for (int i = 0; i < COUNT; i++)
-        *reinterpret_cast<uint2*>(s.work + input_at<COLUMNS>(r, (thread + THREADS * i) * 4 / 8 * 8) + thread % 2 * 8) =
+        *reinterpret_cast<uint2*>(s.work + input_at(r, (thread + THREADS * i) * 4 / 8 * 8) + thread % 2 * 8) =
             make_uint2(words[i][0], words[i][1]);
     }
     if (PACKETS % THREADS) {  // half of the threads have one more
@@ -119,11 +138,11 @@ template <int COLUMNS> DEVICE void take(Shared& s, const u64* mail, u32 tag) {
       if (thread < THREADS / 2) receive(words, mail + ((i64)r * PACKETS + COUNT * THREADS + thread) * 2, 0, tag);
       if (r == 0 && COUNT == 0) sync();
       if (thread < THREADS / 2)
-        *reinterpret_cast<uint2*>(s.work + input_at<COLUMNS>(r, (COUNT * THREADS + thread) * 4 / 8 * 8) + thread % 2 * 8) =
+        *reinterpret_cast<uint2*>(s.work + input_at(r, (COUNT * THREADS + thread) * 4 / 8 * 8) + thread % 2 * 8) =
             make_uint2(words[0][0], words[0][1]);
     }
   }
-  sync();
+  input_ready(s);
 }
 
 // The input of a product: the residual stream, RMS-normed. Its weight is asked for long before.
@@ -141,12 +160,14 @@ struct Norm {
     }
   }
   // From `rows` where given, else from the mail.
-  DEVICE void take(Shared& s, const u16* rows, const u64* mail, u32 tag, float eps, Trace trace,
+  DEVICE void take(Shared& s, const u16* rows, const u64* mail, u32 tag, float eps, int live, Trace trace,
                    int mark) const {
+    waits(s, true);
     u32 x[ROWS][COUNT][2];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
+      if (r >= live) break;
       if (rows != nullptr) {
 #pragma unroll
         for (int i = 0; i < COUNT; i++)
@@ -160,6 +181,7 @@ struct Norm {
     trace.mark(mark);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
+      if (r >= live) break;
       u32 top = 0;
 #pragma unroll
       for (int i = 0; i < COUNT; i++)
@@ -171,6 +193,7 @@ struct Norm {
     sync();
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
+      if (r >= live) break;
       u32 top = 0;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) top = max(top, s.tops[w][r]);
@@ -186,6 +209,7 @@ struct Norm {
     sync();
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
+      if (r >= live) break;
       u32 top = 0;
       i64 sum = 0;
 #pragma unroll
@@ -199,9 +223,9 @@ struct Norm {
           y[j] = pair(__fmul_rn(__fmul_rn(low_half(x[r][i][j]), scale), low_half(factors[i][j])),
                       __fmul_rn(__fmul_rn(high_half(x[r][i][j]), scale), high_half(factors[i][j])));
         if (inside(i))
-          *reinterpret_cast<uint2*>(s.work + input_at<HIDDEN>(r, place(i) * 4 / 8 * 8) + threadIdx.x % 2 * 8) = make_uint2(y[0], y[1]);
+          *reinterpret_cast<uint2*>(s.work + input_at(r, place(i) * 4 / 8 * 8) + threadIdx.x % 2 * 8) = make_uint2(y[0], y[1]);
       }
     }
-    sync();
+    input_ready(s);
   }
 };

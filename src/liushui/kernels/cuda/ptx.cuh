@@ -49,13 +49,14 @@ DEVICE u32 warp_max(u32 x) {
 }
 
 // The compiler then knows that it is one for the whole warp.
+DEVICE u32 uniform(u32 x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 DEVICE int warp_index() { return __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0); }
 
 // -- memory
 
 DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 DEVICE u8* shared_memory() {
-  extern __shared__ __align__(128) u8 memory[];
+  extern __shared__ __align__(1024) u8 memory[];
   return memory;
 }
 
@@ -117,7 +118,10 @@ DEVICE void look(u64& x, const u64* p) {
 }
 
 // Between two looks: those who wait should not hold up the words they wait for.
-DEVICE void rest() { __nanosleep(100); }
+#ifndef NAP
+#define NAP 100
+#endif
+DEVICE void rest() { __nanosleep(NAP); }
 
 DEVICE void ring_init(u32 barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -135,16 +139,23 @@ DEVICE void ring_release(u32 barrier, u32 count) {
 DEVICE void ring_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Weights pass the second-level cache once and should not drive out what the blocks hand to one another.
-DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
+// One thread of the warp, which is together here: what it does needs no loop over lanes.
+DEVICE bool elected() {
+  u32 mine;
+  asm volatile("{\n.reg .pred mine;\nelect.sync _|mine, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, mine;\n}" : "=r"(mine));
+  return mine != 0;
+}
+struct alignas(64) TensorMap { u8 bytes[128]; };
+// Boxes of 64 columns, their 16-byte pieces swizzled by the address bits 7 to 9. Weights pass the second-level cache once
+// and should not drive out what the blocks hand to one another.
+DEVICE void tile_copy(u32 target, const TensorMap* map, int row, int chunk, u32 barrier) {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(target),
-      "l"(source), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target),
+      "l"(map), "r"(0), "r"(row), "r"(chunk), "r"(barrier), "l"(policy) : "memory");
 }
-struct alignas(64) TensorMap { u8 bytes[128]; };
-// A box of 64 columns, its 16-byte pieces swizzled by the address bits 7 to 9.
+DEVICE void announce(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 DEVICE void box_copy(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
@@ -164,6 +175,24 @@ DEVICE void multiply(float (&c)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(0), "r"(a2), "r"(0), "r"(b0), "r"(b1));
 }
+
+// wgmma: c [64, 8] += a [64, 16] b [16, 8], both in shared memory, a warp has 16 rows. `a`: rows of a tile of 8 lie 128 bytes
+// apart, swizzled, tiles `apart`; `b`: tokens lie 16 bytes apart, the halves of K as `chain_place` is told.
+template <u32 APART> DEVICE u32 chain_place(u32 address) { return (address & 0x3FFFF) >> 4 | APART >> 4 << 16; }
+DEVICE u32 chain_apart(u32 bytes) { return bytes >> 4 | 1u << 30; }
+DEVICE void chain_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void chain_step(float (&c)[4], u32 a, u32 apart, u32 b) {
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b64 x, y;\nsetp.ne.b32 p, 1, 0;\nmov.b64 x, {%4, %6};\nmov.b64 y, {%5, 0};\n"
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, x, y, p, 1, 1, 0, 0;\n}"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a), "r"(b), "r"(apart));
+}
+DEVICE void chain_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> DEVICE void chain_wait(float (&c)[4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %4;" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "n"(LEFT) : "memory");
+}
+// Between ordinary stores to shared memory and what wgmma reads there next.
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 DEVICE void load_transposed(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -2,6 +2,13 @@
 #pragma once
 #include "layout.cuh"
 
+#ifndef FLYING
+#define FLYING 8
+#endif
+#ifndef FLYING_WAIT
+#define FLYING_WAIT FLYING
+#endif
+
 DEVICE void ring_wait(u32 barrier, u32 parity, u32 site, u32 number) {
   spin([&] { return ring_ready_for(barrier, parity); }, site, number);
 }
@@ -10,10 +17,10 @@ DEVICE void ring_wait(u32 barrier, u32 parity, u32 site, u32 number) {
 struct Item {
   int row, head, split, length;
   DEVICE Item(const Step& step, int index)
-      : row(index / KV_HEADS % ROWS), head(index % KV_HEADS), split(index / KV_HEADS / ROWS), length(step.lengths[row]) {}
+      : row(index / KV_HEADS % live(step)), head(index % KV_HEADS), split(index / KV_HEADS / live(step)), length(step.lengths[row]) {}
   // A block takes its items from the last: split 0, which waits for the others, behind all that others wait for.
   DEVICE static int first(const Step& step) {
-    const int count = ROWS * step.splits * KV_HEADS, least = (int)(blockIdx.x * 37 % gridDim.x);
+    const int count = live(step) * step.splits * KV_HEADS, least = (int)(blockIdx.x * 37 % gridDim.x);
     return least < count ? least + (count - 1 - least) / (int)gridDim.x * (int)gridDim.x : -1;
   }
   DEVICE bool exists() const { return split * SPAN < length || (split == 0 && length == 0); }
@@ -23,67 +30,93 @@ struct Item {
   DEVICE int splits() const { return max(1, (length + SPAN - 1) / SPAN); }
 };
 
+// Whether tiles side by side have room from `slot` on. wgmma reads eight of them, unless there is but one.
+DEVICE bool fits(u32 slot, int tiles) { return slot + tiles <= SLOTS && (tiles == 1 || slot + 8 <= SHARED_BYTES / SLOT_BYTES); }
+
 // -- the streaming warp
 
 struct Stream {
   Shared& s;
-  u32 next, lane;
+  u32 slot, round;
+  int lane;
 
-  // A slot that expects `bytes`; `fetch` asks for them.
+  // A slot that expects `bytes`; `fetch` asks for them, in one thread.
   template <class Fetch> DEVICE void fill(u32 bytes, Fetch fetch) {
-    const u32 slot = next % SLOTS, full = shared_address(&s.full[slot]);
-    ring_wait(shared_address(&s.empty[slot]), (next / SLOTS + 1) & 1, 1, next);
-    if (lane == 0) ring_expect(full, bytes);
+    const u32 full = shared_address(&s.full[slot]);
+    ring_wait(shared_address(&s.empty[slot]), round + 1 & 1, 1, slot);
+#if FLYING
+    const u32 most = *static_cast<volatile u32*>(&s.waiting) ? FLYING_WAIT : FLYING;
+    const bool wraps = slot < most;
+    if (!wraps || round > 0)
+      ring_wait(shared_address(&s.full[wraps ? slot + SLOTS - most : slot - most]), (wraps ? round + 1 : round) & 1, 1, slot);
+#endif
+    if (elected()) {
+      ring_expect(full, bytes);
+      fetch(shared_address(s.ring[slot]), full);
+    }
     __syncwarp();
-    fetch(shared_address(s.ring[slot]), full);
-    next++;
+    if (++slot == SLOTS) slot = 0, round++;
   }
-  // The order in which `product` takes them: eight tiles, one for each warp, piece by piece; then the next eight.
-  DEVICE void product(const u16* weight, int rows, int columns, int parts) {
-    const int units = share(rows / 8);
+  // The order in which `product` takes them: groups of MOST_TILES, piece by piece. A group's tiles of a piece lie side by
+  // side: what is left at the end of the ring is passed empty.
+  DEVICE void product(const TensorMap* map, int rows, int columns, int parts) {
+    const int units = share(rows / 8), most = MOST_TILES / parts;
 #pragma unroll 1
-    for (int first = 0; first < units; first += WARPS)
+    for (int first = 0; first < units; first += most)
 #pragma unroll 1
-      for (int at = 0; at < columns; at += PIECE)
+      for (int at = 0; at < columns; at += PIECE) {
+        const int last = min(units, first + most);
+        if (!fits(slot, (last - first) * parts))
+          while (slot != 0) fill(0, [](u32, u32) {});
+        int row = (int)(blockIdx.x + gridDim.x * first) * 8;
 #pragma unroll 1
-        for (int unit = first; unit < min(units, first + WARPS); unit++)
+        for (int unit = first; unit < last; unit++, row += (int)gridDim.x * 8)
 #pragma unroll 1
-          for (int part = 0; part < parts; part++) {
-            const u16* tile = weight + ((i64)(blockIdx.x + gridDim.x * unit) * 8 + (i64)part * rows) * columns + at;
-            fill(8 * PIECE * 2, [&](u32 target, u32 full) {
-              if (lane < 8) bulk_copy(target + lane * ROW_BYTES, tile + (i64)lane * columns, PIECE * 2, full);
-            });
-          }
-  }
-  // UNIT keys from position `start` on. Behind the last one anything may come: its reader does not look.
-  DEVICE void keys(const Step& step, const Item& item, int layer, int start, const TensorMap* map) {
-    const int* table = step.table + (i64)item.row * step.width;
-    constexpr int BOXES = UNIT / BOX;
-    fill(UNIT * DIM * 2, [&](u32 target, u32 full) {
-      if (lane < BOXES * (DIM / 64)) {
-        const int box = lane % BOXES, part = lane / BOXES, at = start + box * BOX;
-        const int block = table[min(at, item.length - 1) / BLOCK];
-        box_copy(target + part * UNIT * 128 + box * BOX * 128, map, part * 64,
-                 layer * step.cache_rows + (block * KV_HEADS + item.head) * BLOCK + at % BLOCK, full);
+          for (int part = 0; part < parts; part++)
+            fill(TILE_BYTES, [&](u32 target, u32 full) { tile_copy(target, map, row + part * rows, at / 64, full); });
       }
+  }
+  // UNIT keys from position `start` on, of blocks that the lanes hold. Behind the last one anything may come: its reader
+  // does not look.
+  DEVICE void keys(const Step& step, const Item& item, u32 block, int layer, int start, const TensorMap* map) {
+    int rows[UNIT / BOX];
+#pragma unroll
+    for (int box = 0; box < UNIT / BOX; box++) {
+      const int at = min(start + box * BOX, (item.length - 1) / BOX * BOX);
+      rows[box] = layer * step.cache_rows + (__shfl_sync(0xFFFFFFFFu, block, (at - item.low()) / BLOCK) * KV_HEADS + item.head) * BLOCK + at % BLOCK;
+    }
+    fill(UNIT * DIM * 2, [&](u32 target, u32 full) {
+#pragma unroll
+      for (int box = 0; box < UNIT / BOX; box++)
+#pragma unroll
+        for (int part = 0; part < DIM / 64; part++)
+          box_copy(target + part * UNIT * 128 + box * BOX * 128, map, part * 64, rows[box], full);
     });
+  }
+  DEVICE u32 table(const Step& step, const Item& item) const {
+    return step.table[(i64)item.row * step.width + min(item.low() / BLOCK + lane, max(item.length - 1, 0) / BLOCK)];
   }
 };
 
 DEVICE void stream_weights(Shared& s, const Step& step) {
-  Stream ring{s, 0, threadIdx.x % 32};
+  Stream ring{s, 0, 0, static_cast<int>(threadIdx.x % 32)};
+  const int mine = Item::first(step);
+  const Item item(step, max(mine, 0));
+  const u32 known = ring.table(step, item);  // the table does not change: asked for once
 #pragma unroll 1
   for (int i = 0; i < LAYERS; i++) {
     const Layer& layer = s.layers[i];
+    if (ring.lane < 4) announce((&s.layers[min(i + 1, LAYERS - 1)].qkv)[ring.lane]);
     ring.product(layer.qkv, QKV, HIDDEN, 1);
 #pragma unroll 1
-    for (int index = Item::first(step); index >= 0; index -= (int)gridDim.x) {
-      const Item item(step, index);
-      if (!item.exists()) continue;
+    for (int index = mine; index >= 0; index -= (int)gridDim.x) {
+      const Item next(step, index);
+      if (!next.exists()) continue;
+      const u32 held = index == mine ? known : ring.table(step, next);
 #pragma unroll 1
-      for (int unit = 0; unit < 2 * item.units(); unit++) {
-        const bool second = unit >= item.units();
-        ring.keys(step, item, i, item.low() + (second ? unit - item.units() : unit) * UNIT, second ? &step.values : &step.keys);
+      for (int unit = 0; unit < 2 * next.units(); unit++) {
+        const bool second = unit >= next.units();
+        ring.keys(step, next, held, i, next.low() + (second ? unit - next.units() : unit) * UNIT, second ? &step.values : &step.keys);
       }
     }
 #pragma unroll 1
