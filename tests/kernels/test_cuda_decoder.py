@@ -101,7 +101,7 @@ def emulated(case: Case, folder: Path) -> Any:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     target = folder / "decoder.so"
-    defines = [f"-D{k}={v}" for k, v in (case.shape.defines() | {"SLOTS": case.slots}).items()]
+    defines = [f"-D{k}={v}" for k, v in (case.shape.defines() | {"SLOTS": case.slots, "BLOCKS": case.blocks}).items()]
     flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-w", "-fno-strict-aliasing"]
     folders = [f"-I{EMULATION}", f"-I{nvrtc.FOLDER}"]
     subprocess.run(["g++", *flags, *folders, *defines, str(EMULATION / "run.cpp"), "-o", str(target)], check=True)

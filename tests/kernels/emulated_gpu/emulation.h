@@ -259,13 +259,14 @@ static inline bool elected() { return self->thread % 32 == 0; }
 static inline int warp_index() { return self->thread / 32; }
 static inline u32 uniform(u32 x) { return __shfl_sync(0, x, 0); }
 template <u32 APART> static inline u32 chain_place(u32 address) { return (address & 0x3FFFF) >> 4 | APART >> 4 << 16; }
+static inline u32 chain_apart(u32 bytes) { return bytes >> 4; }
 static inline void chain_begin() {}
 static inline void chain_end() {}
 template <int LEFT> static inline void chain_wait(float (&)[4]) {}
 static inline void fence_async() {}
-static inline u32 chain_apart(u32 bytes) { return bytes >> 4; }
 static inline void chain_step(float (&c)[4], u32 a, u32 apart, u32 b) {
   const u32 lane = self->thread % 32, first = self->thread / 32 % 4 * 16 + lane / 4;
+  const auto wide = [](u32 at) { return __uint_as_float(static_cast<u32>(read<u16>(shared_memory() + at)) << 16); };
   for (u32 i = 0; i < 4; i++) {
     const u32 row = first + i / 2 * 8, token = lane % 4 * 2 + i % 2;
     for (u32 k = 0; k < 16; k++) {
@@ -273,7 +274,7 @@ static inline void chain_step(float (&c)[4], u32 a, u32 apart, u32 b) {
       w ^= (w >> 7 & 7) << 4;
       const u32 x = (b & 0x3FFF) * 16 + k / 8 * (b >> 16) * 16 + token * 16 + k % 8 * 2;
       if (w + 2 > block().shared.size() || x + 2 > block().shared.size()) abort();
-      c[i] += __uint_as_float(static_cast<u32>(read<u16>(shared_memory() + w)) << 16) * __uint_as_float(static_cast<u32>(read<u16>(shared_memory() + x)) << 16);
+      c[i] += wide(w) * wide(x);
     }
   }
 }

@@ -37,9 +37,11 @@ DEVICE void compute(Shared& s, const Step& step) {
     };
     const Trace trace{i == 5};
     trace.mark(0);
+    const Product<1, QKV, HIDDEN> qkv(s);
+    qkv.await(taken);
     before.take(s, i == 0 ? step.stream : nullptr, Mail(step, i + 1).out, tag - 1, step.eps, rows, trace, 10);
     trace.mark(1);
-    taken = product<1, HIDDEN>(s, taken, QKV, rows, nothing, [&](int token, int column, const float(&v)[1][2], u32) {
+    taken = qkv.run(taken, rows, nothing, [&](int token, int column, const float(&v)[1][2], u32) {
       send(mail.qkv + ((i64)token * QKV + column) / 2, pair(v[0][0], v[0][1]), tag);
     });
     trace.mark(2);
@@ -52,15 +54,19 @@ DEVICE void compute(Shared& s, const Step& step) {
     }
     trace.mark(3);
     const Norm between(layer.mlp_norm);
+    const Product<1, HIDDEN, QUERY> output(s);
+    output.await(taken);
     take<QUERY>(s, mail.mixed, tag, rows);
     trace.mark(4);
-    taken = product<1, QUERY>(s, taken, HIDDEN, rows, old, [&](int token, int column, const float(&v)[1][2], u32 was) {
+    taken = output.run(taken, rows, old, [&](int token, int column, const float(&v)[1][2], u32 was) {
       add(mail.middle, token, column, v[0], was);
     });
     trace.mark(5);
+    const Product<2, INNER, HIDDEN> gate_up(s);
+    gate_up.await(taken);
     between.take(s, nullptr, mail.middle, tag, step.eps, rows, trace, 11);
     trace.mark(6);
-    taken = product<2, HIDDEN>(s, taken, INNER, rows, nothing, [&](int token, int column, const float(&v)[2][2], u32) {
+    taken = gate_up.run(taken, rows, nothing, [&](int token, int column, const float(&v)[2][2], u32) {
       float y[2];
 #pragma unroll
       for (int j = 0; j < 2; j++) y[j] = __fmul_rn(silu(widen(narrow(v[0][j]))), widen(narrow(v[1][j])));
@@ -68,9 +74,11 @@ DEVICE void compute(Shared& s, const Step& step) {
     });
     trace.mark(7);
     before = Norm(s.layers[min(i + 1, LAYERS - 1)].input_norm);
+    const Product<1, HIDDEN, INNER> down(s);
+    down.await(taken);
     take<INNER>(s, mail.inner, tag, rows);
     trace.mark(8);
-    taken = product<1, INNER>(s, taken, HIDDEN, rows, old, [&](int token, int column, const float(&v)[1][2], u32 was) {
+    taken = down.run(taken, rows, old, [&](int token, int column, const float(&v)[1][2], u32 was) {
       add(mail.out, token, column, v[0], was);
     });
     trace.mark(9);

@@ -14,87 +14,139 @@ DEVICE void input_ready(Shared& s) {
   sync();
 }
 
-// The tenants of a group of tiles, side by side; the places left out before them are passed on.
-DEVICE Place group_place(Shared& s, Place taken, int tiles, bool mine) {
-  if (fits(taken.slot, tiles)) return taken;
-  const int left = SLOTS - (int)taken.slot;
-  if (mine) {
-    await_slots(s, taken, left);
-    release_slots(s, taken, left, WARPS);
+// PARTS tiles of 8 weight rows, of ROWS_ALL in each part, against all rows of the input. One group of four warps
+// multiplies: 64 weight rows at once.
+template <int PARTS, int ROWS_ALL, int COLUMNS> struct Product {
+  static constexpr int MOST = MOST_TILES / PARTS, PIECES = COLUMNS / PIECE, STEPS = PIECE / 16, EARLY = 12, KINDS = 2 / PARTS;
+  Shared& s;
+  const int units, warp;
+
+  DEVICE explicit Product(Shared& s) : s(s), units(share(ROWS_ALL / 8)), warp(warp_index()) {}
+  DEVICE int tiles(int first) const { return min(MOST, units - first) * PARTS; }
+  // The places of a group's tiles of a piece, side by side; `passes`: those left out before them are passed on.
+  DEVICE Place group(Place at, int tiles, bool passes) const {
+    if (fits(at.slot, tiles)) return at;
+    const int left = SLOTS - (int)at.slot;
+    if (passes) {
+      await_slots(s, at, left);
+      release_slots(s, at, left, WARPS);
+    }
+    return {0, at.round + 1};
   }
-  return {0, taken.round + 1};
-}
-// PARTS tiles of 8 weight rows against all rows of the input; `end(token, column, values)` gets each part's values of
-// `column` and the next. `start(token, column)` is called before the sum, its result handed to `end`. The first tile is
-// tenant `taken` of the ring; returns who follows the last. One group of four warps multiplies: 64 weight rows at once.
-template <int PARTS, int COLUMNS, class Start, class End>
-DEVICE Place product(Shared& s, Place taken, int rows, int live, Start start, End end) {
-  constexpr int PIECES = COLUMNS / PIECE, MOST = MOST_TILES / PARTS, STEPS = PIECE / 16, EARLY = 12, KINDS = 2 / PARTS;
-  const int units = share(rows / 8), warp = warp_index(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-#pragma unroll 1
-  for (int first = 0; first < units; first += MOST) {
-    const int last = min(first + MOST, units), tiles = (last - first) * PARTS, token = t * 2 + g % 2;
-    if (warp >= 4) {
-#pragma unroll 1
-      for (int piece = 0; piece < PIECES; piece++) taken = group_place(s, taken, tiles, false).on(tiles);
-      continue;
-    }
-    int column[KINDS];
-    u32 old[KINDS];
-    bool mine[KINDS];
-#pragma unroll
-    for (int kind = 0; kind < KINDS; kind++) {
-      const int unit = first + warp * KINDS + kind;
-      column[kind] = (int)(blockIdx.x + gridDim.x * unit) * 8 + g / 2 * 2, mine[kind] = token < live && unit < last;
-      old[kind] = mine[kind] ? start(token, column[kind]) : 0;
-    }
-    float c[4] = {};
-    const u32 apart = chain_apart(tiles == 1 ? 0 : SLOT_BYTES);  // a tile alone is read eight times
-    const u32 x = chain_place<ROWS * 16>(shared_address(s.work));
-    Place at = group_place(s, taken, tiles, warp == 0), before = at;
-    await_slots(s, at, tiles);
+  // Whether there is room for all pieces of a group, with eight places left out: they are awaited at once.
+  DEVICE static bool whole(int tiles) { return tiles * PIECES <= min(32, SLOTS - 8); }
+
+  // The weights of the first group, before the input is there.
+  DEVICE void await(Place at) const {
+    if (warp >= 4 || units == 0 || !whole(tiles(0))) return;
+    const int many = tiles(0), lane = threadIdx.x % 32;
+    Place mine = at;
 #pragma unroll 1
     for (int piece = 0; piece < PIECES; piece++) {
-      const u32 a = chain_place<16>(shared_address(s.ring[uniform(at.slot)])), b = x + uniform(piece) * (PIECE / 8 * ROWS);
-      chain_begin();
+      at = group(at, many, false);
+      if (lane / many == piece) mine = at.on(lane % many);
+      at = at.on(many);
+    }
+    if (lane < many * PIECES) spin([&] { return arrived(s, mine); }, 3, mine.slot);
+    __syncwarp();
+  }
+  // Steps FROM to TO of a piece.
+  template <int FROM, int TO> DEVICE static void steps(float (&c)[4], u32 a, u32 apart, u32 b) {
+    chain_begin();
 #pragma unroll
-      for (int i = 0; i < EARLY; i++) chain_step(c, a + i / 4 * 64 + i % 4 * 2, apart, b + i * 2 * ROWS);
-      chain_end();
+    for (int i = FROM; i < TO; i++) chain_step(c, a + i / 4 * 64 + i % 4 * 2, apart, b + i * 2 * ROWS);
+    chain_end();
+  }
+  DEVICE u32 weights(Place at) const { return chain_place<16>(shared_address(s.ring[uniform(at.slot)])); }
+
+  // A group's sums; its tenants are awaited and released here. Returns who follows.
+  DEVICE Place multiply_group(float (&c)[4], Place taken, int tiles, bool all) const {
+    const u32 apart = chain_apart(tiles == 1 ? 0 : SLOT_BYTES);  // a tile alone is read eight times
+    u32 x = chain_place<ROWS * 16>(shared_address(s.work));
+    constexpr u32 NEXT = PIECE / 8 * ROWS;
+    Place at = group(taken, tiles, warp == 0 && !all), before = at;
+    if (all) {
+#pragma unroll 1
+      for (int piece = 0; piece < PIECES; piece++, x += NEXT) {
+        if (piece > 0) at = group(at.on(tiles), tiles, false);
+        steps<0, STEPS>(c, weights(at), uniform(apart), uniform(x));
+      }
+      chain_wait<0>(c);
+      return at;
+    }
+    await_slots(s, at, tiles);
+#pragma unroll 1
+    for (int piece = 0; piece < PIECES; piece++, x += NEXT) {
+      const u32 a = weights(at);
+      steps<0, EARLY>(c, a, uniform(apart), uniform(x));
       chain_wait<1>(c);  // the piece before is done
       if (piece > 0) release_slots(s, before, tiles, WARPS / 4);
       before = at, at = at.on(tiles);
       if (piece + 1 < PIECES) {
-        at = group_place(s, at, tiles, warp == 0);
+        at = group(at, tiles, warp == 0);
         await_slots(s, at, tiles);
       }
-      chain_begin();
-#pragma unroll
-      for (int i = EARLY; i < STEPS; i++) chain_step(c, a + i / 4 * 64 + i % 4 * 2, apart, b + i * 2 * ROWS);
-      chain_end();
+      steps<EARLY, STEPS>(c, a, uniform(apart), uniform(x));
     }
     chain_wait<0>(c);
     release_slots(s, before, tiles, WARPS / 4);
-    taken = at;
-    // A thread has tokens 2 t and 2 t + 1 of rows g and 8 + g; its neighbour of the next row takes one of them.
-    float values[2][2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const float given = __shfl_xor_sync(0xFFFFFFFFu, g % 2 ? c[2 * i] : c[2 * i + 1], 4);
-      values[i][0] = g % 2 ? given : c[2 * i], values[i][1] = g % 2 ? c[2 * i + 1] : given;
-    }
-#pragma unroll
-    for (int kind = 0; kind < KINDS; kind++)
-      if (mine[kind]) {
-        float own[PARTS][2];
-#pragma unroll
-        for (int part = 0; part < PARTS; part++)
-#pragma unroll
-          for (int j = 0; j < 2; j++) own[part][j] = values[kind + part][j];
-        end(token, column[kind], own, old[kind]);
-      }
+    return at;
   }
-  return taken;
-}
+  DEVICE Place pass(Place at, int tiles, bool releases) const {
+#pragma unroll 1
+    for (int piece = 0; piece < PIECES; piece++) {
+      at = group(at, tiles, releases && warp == 0);
+      if (releases) release_slots(s, at, tiles, WARPS / 4);
+      at = at.on(tiles);
+    }
+    return at;
+  }
+
+  // `end(token, column, values)` gets each part's values of `column` and the next. `start(token, column)` is called before
+  // the sum, its result handed to `end`. The first tile is tenant `taken` of the ring; returns who follows the last.
+  template <class Start, class End> DEVICE Place run(Place taken, int live, Start start, End end) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, token = lane % 4 * 2 + g % 2;
+#pragma unroll 1
+    for (int first = 0; first < units; first += MOST) {
+      const int last = min(first + MOST, units), many = tiles(first);
+      if (warp >= 4) {
+        taken = pass(taken, many, false);
+        continue;
+      }
+      int column[KINDS];
+      u32 old[KINDS];
+      bool mine[KINDS];
+#pragma unroll
+      for (int kind = 0; kind < KINDS; kind++) {
+        const int unit = first + warp * KINDS + kind;
+        column[kind] = (int)(blockIdx.x + gridDim.x * unit) * 8 + g / 2 * 2, mine[kind] = token < live && unit < last;
+        old[kind] = mine[kind] ? start(token, column[kind]) : 0;
+      }
+      float c[4] = {};
+      const bool all = first == 0 && whole(many);
+      const Place next = multiply_group(c, taken, many, all);
+      // A thread has tokens 2 t and 2 t + 1 of rows g and 8 + g; its neighbour of the next row takes one of them.
+      float values[2][2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const float given = __shfl_xor_sync(0xFFFFFFFFu, g % 2 ? c[2 * i] : c[2 * i + 1], 4);
+        values[i][0] = g % 2 ? given : c[2 * i], values[i][1] = g % 2 ? c[2 * i + 1] : given;
+      }
+#pragma unroll
+      for (int kind = 0; kind < KINDS; kind++)
+        if (mine[kind]) {
+          float own[PARTS][2];
+#pragma unroll
+          for (int part = 0; part < PARTS; part++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) own[part][j] = values[kind + part][j];
+          end(token, column[kind], own, old[kind]);
+        }
+      taken = all ? pass(taken, many, true) : next;
+    }
+    return taken;
+  }
+};
 
 // Both words of each packet, when they are there.
 template <int COUNT> DEVICE void receive(u32 (&words)[COUNT][2], const u64* at, int stride, u32 tag) {

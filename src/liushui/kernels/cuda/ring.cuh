@@ -6,7 +6,7 @@
 #define FLYING 8
 #endif
 #ifndef FLYING_WAIT
-#define FLYING_WAIT FLYING
+#define FLYING_WAIT 2
 #endif
 
 DEVICE void ring_wait(u32 barrier, u32 parity, u32 site, u32 number) {
