@@ -127,6 +127,9 @@ class Bench:
         self.config = EngineConfig(**(options | settings)).validate()
         self.runner = Runner.load(self.config, checkpoint)
         torch.cuda.synchronize()
+        compiled = getattr(self.runner.steps, "_settles", None)
+        if compiled is not None:  # what is compiled behind the first tokens is not measured
+            compiled.wait()
         self.costs = Costs(config, checkpoint.bytes(), bandwidth, rate)
         self.vocab = config["vocab_size"]
         self.names = 0

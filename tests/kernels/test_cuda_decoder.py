@@ -48,7 +48,9 @@ class Case:
                 cache[int(self.table[i, n // size]), :, n % size :] = torch.nan
 
     def row(self, seed: int) -> torch.Tensor:
-        return torch.randn(len(self.lengths), self.shape.hidden, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        return torch.randn(
+            len(self.lengths), self.shape.hidden, generator=torch.Generator().manual_seed(seed)
+        ).bfloat16()
 
     def expected(self, x: torch.Tensor) -> tuple[torch.Tensor, list[Layer]]:
         """The rows after plain operations one by one, and layers with the caches as they are then."""

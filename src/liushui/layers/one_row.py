@@ -14,8 +14,6 @@ LENGTHS = (1, 700, 200)
 """Of the sequences that try it at load: within a block, over splits of attention, over blocks (this one is timed)."""
 _WIDTH = 128
 """Blocks of their tables at most: as of the first steps."""
-_MAX_LAYER_BYTES = 2**28
-"""Larger layers take the memory's time in any form, and hand-overs wait behind it (measured at 416 MiB on an H100)."""
 
 
 class OneRow:
@@ -177,8 +175,7 @@ def _refusal(model: Any, kv: KVCache) -> str | None:
     eps = {x.eps for layer in model.layers for x in (layer.attention_input, layer.mlp_input, layer.attention)}
     if len(kinds) > 1 or len(eps) > 1 or (attentions[0].q_norm is None) != (attentions[0].k_norm is None):
         return "layers that differ"
-    size = sum(p.packed.data.nbytes for p in (*products[:3], model.layers[0].mlp.gate_up))
-    return f"layers of {size >> 20} MiB" if size > _MAX_LAYER_BYTES else _shape(model, kv).refusal()
+    return _shape(model, kv).refusal()
 
 
 def _shape(model: Any, kv: KVCache) -> decoder.Shape:

@@ -1,8 +1,8 @@
 // All layers of a decoder for one new token of a few sequences, in one launch.
 //
 // A block per multiprocessor. One warp of each streams the block's share of all weights, and the keys and values that it
-// attends to, layer after layer, through a ring in shared memory; it never waits for the arithmetic but for room. Eight
-// warps multiply. The parts of a layer hand their results on in words that carry their tag (`Mail`): a reader polls the
+// attends to, layer after layer, through a ring in shared memory; it never waits for the arithmetic but for room, and holds
+// back while mail is awaited. Eight warps compute, four of them multiply by weights (wgmma). The parts of a layer hand their results on in words that carry their tag (`Mail`): a reader polls the
 // very words it needs, so that no barrier over the grid is needed:
 //
 //   norm + q, k, v | head norms, rotation, cache, attention | output + residual | norm + gate, up, SiLU | down + residual

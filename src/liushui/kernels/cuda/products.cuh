@@ -4,6 +4,7 @@
 
 // Where a product's input lies in `work`: column c of row r.
 DEVICE int input_at(int r, int c) { return (c / 8 * ROWS + r) * 16 + c % 8 * 2; }
+// Whether the block waits for mail: the streaming warp then holds back.
 DEVICE void waits(Shared& s, bool yes) {
   if (threadIdx.x == 0) *static_cast<volatile u32*>(&s.waiting) = yes;
 }

@@ -118,10 +118,7 @@ DEVICE void look(u64& x, const u64* p) {
 }
 
 // Between two looks: those who wait should not hold up the words they wait for.
-#ifndef NAP
-#define NAP 100
-#endif
-DEVICE void rest() { __nanosleep(NAP); }
+DEVICE void rest() { __nanosleep(100); }
 
 DEVICE void ring_init(u32 barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");

@@ -2,12 +2,9 @@
 #pragma once
 #include "layout.cuh"
 
-#ifndef FLYING
-#define FLYING 8
-#endif
-#ifndef FLYING_WAIT
-#define FLYING_WAIT 2
-#endif
+// Tenants on their way to a block at once. More would only wait in the memory system, and mail behind them (measured on an
+// H100: 8 and 3 were best or nearly so from 128 to 3,400 KB of weights a block and layer).
+constexpr u32 FLYING = 8, FLYING_WHILE_WAITING = 3;
 
 DEVICE void ring_wait(u32 barrier, u32 parity, u32 site, u32 number) {
   spin([&] { return ring_ready_for(barrier, parity); }, site, number);
@@ -17,7 +14,10 @@ DEVICE void ring_wait(u32 barrier, u32 parity, u32 site, u32 number) {
 struct Item {
   int row, head, split, length;
   DEVICE Item(const Step& step, int index)
-      : row(index / KV_HEADS % live(step)), head(index % KV_HEADS), split(index / KV_HEADS / live(step)), length(step.lengths[row]) {}
+      : row(index / KV_HEADS % live(step)),
+        head(index % KV_HEADS),
+        split(index / KV_HEADS / live(step)),
+        length(step.lengths[row]) {}
   // A block takes its items from the last: split 0, which waits for the others, behind all that others wait for.
   DEVICE static int first(const Step& step) {
     const int count = live(step) * step.splits * KV_HEADS, least = (int)(blockIdx.x * 37 % gridDim.x);
@@ -31,7 +31,9 @@ struct Item {
 };
 
 // Whether tiles side by side have room from `slot` on. wgmma reads eight of them, unless there is but one.
-DEVICE bool fits(u32 slot, int tiles) { return slot + tiles <= SLOTS && (tiles == 1 || slot + 8 <= SHARED_BYTES / SLOT_BYTES); }
+DEVICE bool fits(u32 slot, int tiles) {
+  return slot + tiles <= SLOTS && (tiles == 1 || slot + 8 <= SHARED_BYTES / SLOT_BYTES);
+}
 
 // -- the streaming warp
 
@@ -40,16 +42,15 @@ struct Stream {
   u32 slot, round;
   int lane;
 
-  // A slot that expects `bytes`; `fetch` asks for them, in one thread.
+  // A slot that expects `bytes`; `fetch` asks for them, in one thread: a copy that each lane asks for takes 50 cycles a
+  // lane, which was the limit of a layer.
   template <class Fetch> DEVICE void fill(u32 bytes, Fetch fetch) {
     const u32 full = shared_address(&s.full[slot]);
     ring_wait(shared_address(&s.empty[slot]), round + 1 & 1, 1, slot);
-#if FLYING
-    const u32 most = *static_cast<volatile u32*>(&s.waiting) ? FLYING_WAIT : FLYING;
+    const u32 most = *static_cast<volatile u32*>(&s.waiting) ? FLYING_WHILE_WAITING : FLYING;
     const bool wraps = slot < most;
     if (!wraps || round > 0)
       ring_wait(shared_address(&s.full[wraps ? slot + SLOTS - most : slot - most]), (wraps ? round + 1 : round) & 1, 1, slot);
-#endif
     if (elected()) {
       ring_expect(full, bytes);
       fetch(shared_address(s.ring[slot]), full);
@@ -83,7 +84,8 @@ struct Stream {
 #pragma unroll
     for (int box = 0; box < UNIT / BOX; box++) {
       const int at = min(start + box * BOX, (item.length - 1) / BOX * BOX);
-      rows[box] = layer * step.cache_rows + (__shfl_sync(0xFFFFFFFFu, block, (at - item.low()) / BLOCK) * KV_HEADS + item.head) * BLOCK + at % BLOCK;
+      const u32 held = __shfl_sync(0xFFFFFFFFu, block, (at - item.low()) / BLOCK);
+      rows[box] = layer * step.cache_rows + (held * KV_HEADS + item.head) * BLOCK + at % BLOCK;
     }
     fill(UNIT * DIM * 2, [&](u32 target, u32 full) {
 #pragma unroll
@@ -116,7 +118,8 @@ DEVICE void stream_weights(Shared& s, const Step& step) {
 #pragma unroll 1
       for (int unit = 0; unit < 2 * next.units(); unit++) {
         const bool second = unit >= next.units();
-        ring.keys(step, next, held, i, next.low() + (second ? unit - next.units() : unit) * UNIT, second ? &step.values : &step.keys);
+        const int start = next.low() + (second ? unit - next.units() : unit) * UNIT;
+        ring.keys(step, next, held, i, start, second ? &step.values : &step.keys);
       }
     }
 #pragma unroll 1
