@@ -128,6 +128,11 @@ def test_the_server_has_no_http_client(source: str):
     assert not list(check_source.breaches(Path("src/liushui/loading/x.py"), source))
 
 
+def test_native_sources_are_bounded_too():
+    assert list(check_source.breaches(Path("x.cu"), "int x;\n" * 501))
+    assert not list(check_source.breaches(Path("x.cu"), "int eval(int x);\n"))
+
+
 def test_what_is_allowed_is_not_a_breach():
     source = "class A:\n    def eval(self): ...\n\nmodel.eval()\nre.compile('x')\nsafetensors.torch.load_file('x')\n"
     assert list(check_source.breaches(Path("x.py"), source)) == []

@@ -18,8 +18,8 @@ from liushui.engine.messages import Orders, Told
 from liushui.engine.stops import StopAutomaton
 from liushui.engine.text import Vocabulary
 from tests.engine import cores
+from tests.engine.faces import CONFIG, apart, ask, in_process, run, up, whole
 from tests.engine.scripted import EOS, RAW, VOCAB_SIZE, logprob
-from tests.engine.test_serving import CONFIG, apart, ask, in_process, run, up, whole
 
 VOCABULARY = Vocabulary(RAW)
 tokens = st.lists(st.sampled_from([EOS, *range(20, 90)]) | st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=60)

@@ -22,9 +22,7 @@ from liushui.engine.messages import Ended, Facts, Orders, SequenceTimes, Setup, 
 from liushui.engine.outputs import RequestOutput
 from liushui.errors import Overloaded
 from tests.engine import cores
-from tests.engine.test_serving import LONG, _to_the_end, apart, ask, in_process, run, steps, up, whole
-
-__all__ = ["steps"]  # the fixture
+from tests.engine.faces import LONG, apart, ask, in_process, run, to_the_end, up, whole
 
 
 async def killed(engine: Any) -> None:
@@ -50,7 +48,7 @@ def test_kill_under_load(steps: cores.Steps, tmp_path: Path) -> None:
             steps.open()
             assert "SIGKILL" in engine.ready().why
             late = await engine.submit(ask([5, 9], params[0]))  # accepted: it waits for the next process
-            ends = [(await _to_the_end(stream))[-1] for stream in [*streams, late]]
+            ends = [(await to_the_end(stream))[-1] for stream in [*streams, late]]
             assert engine.ready().ready
             assert engine.engine_pid != first
             counters = engine.stats().counters
@@ -103,7 +101,7 @@ def test_an_engine_that_cannot_come_back_says_so(monkeypatch: pytest.MonkeyPatch
         stream = await engine.submit(ask([5], LONG))
         engine._link._setup = engine._link._setup._replace(maker="tests.engine.cores:refuse")
         await killed(engine)
-        (output,) = await _to_the_end(stream)
+        (output,) = await to_the_end(stream)
         assert output.error_code == "engine_died"
         assert "is too much" in output.error
         assert not engine.ready().ready
@@ -128,7 +126,7 @@ def test_leaving_while_there_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> No
             assert [view.state for view in views] == ["waiting", "waiting"]
             assert "SIGKILL" in views[0].why
             await leaves.aclose()
-            assert (await _to_the_end(stays))[-1].error is None
+            assert (await to_the_end(stays))[-1].error is None
             assert engine.stats().finished == {"abort": 1, "length": 1}
 
     run(work)
@@ -142,7 +140,7 @@ def test_signals_to_the_group_do_not_end_the_engine() -> None:
             stream = await engine.submit(ask([5], LONG))
             for number in (signal.SIGINT, signal.SIGTERM):
                 os.kill(engine.engine_pid, number)
-            (output,) = await _to_the_end(stream)
+            (output,) = await to_the_end(stream)
             assert output.error is None
             assert engine.stats().counters["engine_restarts"] == 0
 
@@ -151,7 +149,7 @@ def test_signals_to_the_group_do_not_end_the_engine() -> None:
 
 FRONT = """
 import asyncio, sys
-from tests.engine.test_serving import LONG, apart, ask
+from tests.engine.faces import LONG, apart, ask
 
 async def work():
     engine = apart(sys.argv[1])
@@ -277,7 +275,7 @@ def test_a_process_that_says_nonsense_counts_as_dead() -> None:
         async with up(apart("make_slow")) as engine:
             stream = await engine.submit(ask([5], LONG))
             engine._link._writer.write(b"\x00\x00\x00\x01\xc1")
-            output = (await _to_the_end(stream))[-1]
+            output = (await to_the_end(stream))[-1]
             assert isinstance(output, RequestOutput)
             assert output.error is None  # nothing of it was seen: the next process answered it
             assert engine.stats().counters["engine_restarts"] == 1

@@ -14,8 +14,8 @@ from liushui.engine import links
 from liushui.engine.messages import Ended, Orders, SequenceTimes, Told
 from liushui.engine.supervision import COMPUTING, LOOKS, Signs, Watch, signs
 from liushui.errors import ModelError, ParameterError
+from tests.engine.faces import LONG, apart, ask, in_process, run, to_the_end, up, whole
 from tests.engine.test_process import REQUEST, alive
-from tests.engine.test_serving import LONG, _to_the_end, apart, ask, in_process, run, up, whole
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not say what a process does")
 
@@ -154,7 +154,7 @@ def test_an_engine_that_hangs_is_killed_and_started_again() -> None:
             assert "no step has come back" in engine.ready().why
             while engine.engine_pid == pid:
                 await asyncio.sleep(0.01)
-            ends = [(await _to_the_end(stream))[-1] for stream in streams]
+            ends = [(await to_the_end(stream))[-1] for stream in streams]
             assert not alive(pid)
             assert engine.ready().ready
             counters = engine.stats().counters
