@@ -10,13 +10,17 @@
 #if defined(LS_TILE_BF16)
 namespace {
 
-constexpr long kWideRows = 512;     // rows for which a panel is expanded once
-constexpr long kWideChunk = 2048;   // bytes of 32 columns with 32 values each
-constexpr long kWideDepth = 18;     // chunks that are expanded at a time, to stay in the nearest cache
-constexpr long kExpandAhead = 2;    // chunks: what was just written is not there yet
-constexpr long kExpandRing = 4;     // chunks kept where nobody needs them a second time
+constexpr long kWideRows = 512;    // rows for which a panel is expanded once
+constexpr long kWideChunk = 2048;  // bytes of 32 columns with 32 values each
+constexpr long kWideTile = kWideChunk / 2;
+constexpr long kWideDepth = 18;    // chunks that are expanded at a time, to stay in the nearest cache
+// Tiles that are expanded before one is multiplied: what was just written is not there yet. All of them and that one
+// lie within 4096 bytes: a load waits for an earlier store to an address that is the same but for a multiple of that.
+constexpr long kTilesAhead = 3;
+constexpr long kTileRing = 4;       // tiles kept where nobody needs them a second time
 constexpr long kFetchAhead = 8192;  // bytes of the packed weight
 constexpr long kFetchRows = 2;      // chunks of x: a tile from the second cache takes far longer than its products
+constexpr long kLonePanels = 64;    // of a lone row, before their sums are put out
 
 // Rows of x as the second factor, [tile of 16 rows][chunk][k / 2 % 16][row][k % 2], zeros past k; a lone row is that
 // already.
@@ -60,10 +64,10 @@ inline void configure_wide(int rows) {
   LS_TILE_CONFIG(&config);
 }
 
-// A pair of tiles of rows: where the first chunk begins, how far tiles, chunks and the rows of a chunk lie apart.
+// A pair of tiles of rows: where the first chunk begins, how far tiles and chunks lie apart.
 struct WideX {
   const char* first;
-  long tile, chunk, stride;
+  long tile, chunk;
 };
 
 // Sums of a pair of tiles of rows, [4][16][16]; without an address they begin at zero.
@@ -90,40 +94,101 @@ LS_INLINE void fetch_lines(const void* p) {
   for (int i = 0; i < kLines; i++) __builtin_prefetch((const char*)p + i * 64, 0, 3);
 }
 
+// Expands the tiles of a panel, or of several that lie one after the other, in order: two of each group.
+template <int kPlain>
+struct TileMaker {
+  const uint8_t* panel;
+  long first, end;  // tiles
+  char* to;
+  long mask;  // of places, which tiles take in turn
+  long next = first;
+
+  LS_INLINE char* place(long tile) const { return to + ((tile - first) & mask) * kWideTile; }
+  // kSecond: whether the next one holds a group's second 16 columns.
+  template <bool kSecond>
+  LS_INLINE void make() {
+    if (next == end) return;
+    constexpr WideLayout layout = wide_layout(kPlain);
+    constexpr long kBytes = (layout.group + layout.header / 8) / 2;
+    const uint8_t* group = panel + layout.at(next / 2);
+    fetch_lines<(int)((kBytes + 63) / 64)>(group + kSecond * kBytes + kFetchAhead);
+    expand_tile<kPlain>(group, panel + layout.header_at(next / 2), kSecond, (bf16*)place(next));
+    next++;
+  }
+  // The first ones.
+  LS_INLINE void begin() {
+    make<false>();
+    make<true>();
+    make<false>();
+    static_assert(kTilesAhead == 3, "as many");
+  }
+};
+
 template <bool kTwo>
 LS_INLINE void add_chunk(const WideX& x, const char* from, const char* next, const char* w) {
   LS_TILE_LOAD(4, w, 64);
-  LS_TILE_LOAD(6, from, x.stride);
-  if (next) fetch_lines<16>(next);
+  LS_TILE_LOAD(6, from, 64);
+  fetch_lines<16>(next);
   LS_TILE_BF16(0, 4, 6);
-  LS_TILE_LOAD(5, w + 1024, 64);
+  LS_TILE_LOAD(5, w + kWideTile, 64);
   LS_TILE_BF16(1, 5, 6);
   if (!kTwo) return;
-  LS_TILE_LOAD(7, from + x.tile, x.stride);
+  LS_TILE_LOAD(7, from + x.tile, 64);
   fetch_lines<16>(next + x.tile);
   LS_TILE_BF16(2, 4, 7);
   LS_TILE_BF16(3, 5, 7);
 }
 
-// Groups [g, g + chunks) of the panel are expanded, to chunk i & mask of `expanded`, and multiplied with the first rows
-// meanwhile. kLone: a single row, x as it is.
-template <int kPlain, bool kTwo, bool kLone>
+// Groups [g, g + chunks) of the panel are expanded, `mask` + 1 places of `expanded` in turn (-1: all), and multiplied with the
+// first rows meanwhile.
+template <int kPlain, bool kTwo>
 void expand_and_add(const WideX& x, const uint8_t* panel, long g, long chunks, char* expanded, long mask,
                     const uint32_t* sums) {
-  constexpr WideLayout layout = wide_layout(kPlain);
-  const uint8_t* ahead = panel + layout.at(g) + kFetchAhead;
-  const auto make = [&](long i) __attribute__((always_inline)) {
-    fetch_lines<(int)((layout.group + layout.header / 8 + 63) / 64)>(ahead);
-    ahead += layout.group + layout.header / 8;
-    expand_group<kPlain>(panel, g + i, (bf16*)(expanded + (i & mask) * kWideChunk));
-  };
+  TileMaker<kPlain> maker = {panel, 2 * g, 2 * (g + chunks), expanded, mask};
   begin_sums<kTwo>(sums);
-  long made = 0;
-  for (; made < min_of(kExpandAhead, chunks); made++) make(made);
+  maker.begin();
   const char* from = x.first;
-  for (long i = 0; i < chunks; i++, from += x.chunk) {
-    if (made < chunks) make(made++);
-    add_chunk<kTwo>(x, from, kLone ? nullptr : from + kFetchRows * x.chunk, expanded + (i & mask) * kWideChunk);
+  for (long t = maker.first; t < maker.end; t += 2, from += x.chunk) {
+    const char* next = from + kFetchRows * x.chunk;
+    maker.template make<true>();
+    LS_TILE_LOAD(4, maker.place(t), 64);
+    LS_TILE_LOAD(6, from, 64);
+    fetch_lines<16>(next);
+    LS_TILE_BF16(0, 4, 6);
+    if (kTwo) {
+      LS_TILE_LOAD(7, from + x.tile, 64);
+      fetch_lines<16>(next + x.tile);
+      LS_TILE_BF16(2, 4, 7);
+    }
+    maker.template make<false>();
+    LS_TILE_LOAD(5, maker.place(t + 1), 64);
+    LS_TILE_BF16(1, 5, 6);
+    if (kTwo) LS_TILE_BF16(3, 5, 7);
+  }
+}
+
+// A lone row times panels [first, last) -> sums [last - first][32]. The next panel's tiles are begun before the one
+// before is done.
+template <int kPlain>
+void lone_panels(const PackedWeight& w, const bf16* x, long first, long last, char* ring, float* sums) {
+  const long chunks = groups_of(w);
+  TileMaker<kPlain> maker = {(const uint8_t*)w.data, 2 * first * chunks, 2 * last * chunks, ring, kTileRing - 1};
+  long t = maker.first;
+  maker.begin();
+  for (long panel = first; panel < last; panel++, sums += kWide) {
+    LS_TILE_ZERO(0);
+    LS_TILE_ZERO(1);
+    for (long i = 0; i < chunks; i++, t += 2) {
+      LS_TILE_LOAD(6, x + i * kInnerGroup, 4);
+      maker.template make<true>();
+      LS_TILE_LOAD(4, maker.place(t), 64);
+      LS_TILE_BF16(0, 4, 6);
+      maker.template make<false>();
+      LS_TILE_LOAD(5, maker.place(t + 1), 64);
+      LS_TILE_BF16(1, 5, 6);
+    }
+    LS_TILE_STORE(0, sums, 4);
+    LS_TILE_STORE(1, sums + kTile, 4);
   }
 }
 
@@ -161,38 +226,27 @@ struct WideTask {
   long begin, end, panel;
   char* expanded;
   uint32_t* sums;  // of kWideRows rows
-
-  bool lone() const { return wide_direct(w.k, end); }
 };
 
-// Calls done(row, height, sums) for each pair of tiles of rows as it is done; sums [32] of a lone row, else [4][16][16].
+// Calls done(row, height, sums [4][16][16]) for each pair of tiles of rows as it is done.
 template <int kPlain, class Done>
 void wide_panel_of(const WideTask& a, const Done& done) {
   const long chunks = groups_of(a.w), tile = chunks * 1024, pairs = (a.end - a.begin + 2 * kTile - 1) / (2 * kTile);
-  const bool lone = a.lone();
-  const long blocks = pairs == 1 ? 1 : (chunks + kWideDepth - 1) / kWideDepth, mask = pairs == 1 ? kExpandRing - 1 : -1;
+  const long blocks = pairs == 1 ? 1 : (chunks + kWideDepth - 1) / kWideDepth, mask = pairs == 1 ? kTileRing - 1 : -1;
   const uint8_t* held = (const uint8_t*)a.w.data + a.panel * wide_panel_bytes(a.w);
   for (long block = 0; block < blocks; block++) {
     const long g = chunks * block / blocks, depth = chunks * (block + 1) / blocks - g;
     for (long pair = 0; pair < pairs; pair++) {
       const long row = a.begin + pair * 2 * kTile, height = min_of(2 * kTile, a.end - row);
       const bool two = height > kTile;
-      const WideX x = lone ? WideX{a.x, 0, 64, 4} : WideX{a.x + row / kTile * tile + g * 1024, tile, 1024, 64};
+      const WideX x = {a.x + row / kTile * tile + g * 1024, tile, 1024};
       uint32_t* sums = a.sums + pair * 1024;
       const uint32_t* before = block ? sums : nullptr;
-      if (lone)
-        expand_and_add<kPlain, false, true>(x, held, g, depth, a.expanded, mask, before);
-      else if (pair == 0)
-        (two ? expand_and_add<kPlain, true, false> : expand_and_add<kPlain, false, false>)(x, held, g, depth, a.expanded,
-                                                                                         mask, before);
+      if (pair == 0)
+        (two ? expand_and_add<kPlain, true> : expand_and_add<kPlain, false>)(x, held, g, depth, a.expanded, mask, before);
       else
         (two ? add_expanded<true> : add_expanded<false>)(x, depth, a.expanded, before);
-      if (lone) {
-        LS_TILE_STORE(0, sums, 4);
-        LS_TILE_STORE(1, sums + kTile, 4);
-      } else {
-        two ? store_sums<true>(sums) : store_sums<false>(sums);
-      }
+      two ? store_sums<true>(sums) : store_sums<false>(sums);
       if (block + 1 == blocks) done(row, height, sums);
     }
   }
@@ -213,11 +267,11 @@ constexpr long kWideExpanded = kWideDepth * kWideChunk, kWideSums = kWideRows * 
 
 // Calls each(panel, first row, row after the last) for the share of `worker`, tiles being set up.
 template <class Each>
-void wide_units(bool lone, long panels, long rows, int worker, int workers, const Each& each) {
+void wide_units(long panels, long rows, int worker, int workers, const Each& each) {
   const long row_blocks = (rows + kWideRows - 1) / kWideRows;
   const Share share = share_of(panels * row_blocks, worker, workers);
   if (share.begin == share.end) return;
-  configure_wide(lone ? 1 : kTile);
+  configure_wide(kTile);
   for (long unit = share.begin; unit < share.end; unit++) {
     const long begin = unit % row_blocks * kWideRows;
     each(unit / row_blocks, begin, min_of(rows, begin + kWideRows));
@@ -225,18 +279,51 @@ void wide_units(bool lone, long panels, long rows, int worker, int workers, cons
   LS_TILE_RELEASE();
 }
 
+using LonePanels = void (*)(const PackedWeight&, const bf16*, long, long, char*, float*);
+
+inline LonePanels lone_kernel(const PackedWeight& w) {
+  switch (plain_format(w.format)) {
+    case liushui::kInt4: return lone_panels<liushui::kInt4>;
+    case liushui::kInt4Min: return lone_panels<liushui::kInt4Min>;
+    case liushui::kInt4K: return lone_panels<liushui::kInt4K>;
+    case liushui::kInt6K: return lone_panels<liushui::kInt6K>;
+    default: return lone_panels<liushui::kInt8>;
+  }
+}
+
+// Calls each(first panel, panel after the last) for the share of `worker`, tiles being set up for a lone row.
+template <class Each>
+void lone_units(long panels, int worker, int workers, const Each& each) {
+  const Share share = share_of(panels, worker, workers);
+  if (share.begin == share.end) return;
+  configure_wide(1);
+  for (long panel = share.begin; panel < share.end; panel += kLonePanels)
+    each(panel, min_of(panel + kLonePanels, share.end));
+  LS_TILE_RELEASE();
+}
+
+inline void lone_multiply(const PackedWeight& w, const bf16* x, long first_column, const Output& out, int worker,
+                          int workers) {
+  char* ring = (char*)liushui::scratch(liushui::kProduct, kTileRing * kWideTile + kLonePanels * kWide * sizeof(float));
+  float* sums = (float*)(ring + kTileRing * kWideTile);
+  lone_units((w.n + kWide - 1) / kWide, worker, workers, [&](long first, long last) {
+    lone_kernel(w)(w, x, first, last, ring, sums);
+    const long column = first * kWide, count = min_of(last * kWide, w.n) - column;
+    emit_rows(out, w.bias ? w.bias + column : nullptr, worker, 0, 1, first_column + column, count, sums, count);
+  });
+}
+
 inline void wide_multiply(const PackedWeight& w, const void* x, long rows, long first_column, const Output& out,
                           int worker, int workers) {
+  if (wide_direct(w.k, rows)) return lone_multiply(w, (const bf16*)x, first_column, out, worker, workers);
   char* expanded = (char*)liushui::scratch(liushui::kProduct, kWideExpanded + kWideSums + kWideY);
   uint32_t* first_sums = (uint32_t*)(expanded + kWideExpanded);
   float* turned = (float*)(expanded + kWideExpanded + kWideSums);
-  const bool lone = wide_direct(w.k, rows);
-  wide_units(lone, (w.n + kWide - 1) / kWide, rows, worker, workers, [&](long panel, long begin, long end) {
+  wide_units((w.n + kWide - 1) / kWide, rows, worker, workers, [&](long panel, long begin, long end) {
     const long column = panel * kWide, count = min_of(kWide, w.n - column);
     wide_panel({w, (const char*)x, begin, end, panel, expanded, first_sums}, [&](long row, long height, uint32_t* sums) {
-      if (!lone) turn_sums(sums, height > kTile, turned);
-      emit_rows(out, w.bias ? w.bias + column : nullptr, worker, row, height, first_column + column, count,
-                lone ? (float*)sums : turned, kWide);
+      turn_sums(sums, height > kTile, turned);
+      emit_rows(out, w.bias ? w.bias + column : nullptr, worker, row, height, first_column + column, count, turned, kWide);
     });
   });
 }

@@ -38,20 +38,36 @@ inline void gate_lone(const float* gate, const float* up, const float* gate_bias
   }
 }
 
+inline void lone_multiply_gated(const PackedWeight& gate_up, const bf16* x, long half, bf16* inner, int worker,
+                                int workers) {
+  constexpr long kBytes = kLonePanels * kWide * sizeof(float);
+  char* ring = (char*)liushui::scratch(liushui::kProduct, kTileRing * kWideTile + 2 * kBytes);
+  float *gates = (float*)(ring + kTileRing * kWideTile), *ups = gates + kBytes / 4;
+  const LonePanels kernel = lone_kernel(gate_up);
+  lone_units(half, worker, workers, [&](long first, long last) {
+    kernel(gate_up, x, first, last, ring, gates);
+    kernel(gate_up, x, half + first, half + last, ring, ups);
+    for (long panel = first; panel < last; panel++) {
+      const float* bias = gate_up.bias ? gate_up.bias + panel * kWide : nullptr;
+      const long at = (panel - first) * kWide;
+      gate_lone(gates + at, ups + at, bias, bias ? bias + half * kWide : nullptr, inner + panel * kWide);
+    }
+  });
+}
+
 // The share of `worker`; inner: a lone row as it is, else prepared for `down`.
 inline void wide_multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* x, long rows,
                                 bf16* inner, int worker, int workers) {
+  const long half = down.k / kWide, chunks = half;
+  if (wide_direct(gate_up.k, rows)) return lone_multiply_gated(gate_up, (const bf16*)x, half, inner, worker, workers);
   char* expanded = (char*)liushui::scratch(liushui::kProduct, kWideExpanded + 2 * kWideSums);
   uint32_t *gates = (uint32_t*)(expanded + kWideExpanded), *ups = gates + kWideSums / 4;
-  const long half = down.k / kWide, chunks = half;
-  const bool lone = wide_direct(gate_up.k, rows);
-  wide_units(lone, half, rows, worker, workers, [&](long panel, long begin, long end) {
+  wide_units(half, rows, worker, workers, [&](long panel, long begin, long end) {
     const float* bias = gate_up.bias ? gate_up.bias + panel * kWide : nullptr;
     const float* up_bias = bias ? bias + down.k : nullptr;
     wide_panel({gate_up, (const char*)x, begin, end, panel, expanded, gates}, [](long, long, uint32_t*) {});
     wide_panel({gate_up, (const char*)x, begin, end, panel + half, expanded, ups}, [&](long row, long height, uint32_t* sums) {
       const float *up = (const float*)sums, *gate = (const float*)(gates + (sums - ups));
-      if (lone) return gate_lone(gate, up, bias, up_bias, inner + panel * kWide);
       for (int t = 0; t < (height > kTile ? 4 : 2); t++) {
         bf16* to = inner + ((row / kTile + t / 2) * chunks + panel) * 512 + t % 2 * 256;
         const long at = t % 2 * kTile;

@@ -13,14 +13,15 @@
 #if defined(LS_TILE_BF16)
 namespace {
 
-constexpr int kWide = 32;  // columns of a panel
+constexpr int kWide = 32, kHalf = 16;  // columns of a panel, of a tile
 
 inline int plain_format(int format) { return format & ~liushui::kAsBFloat16; }
 
 struct WideLayout {
   long values, group, header;  // bytes of a group's values, of the whole group, and of what leads 8 of them (or 0)
 
-  long at(long g) const { return header ? g / 8 * (8 * group + header) + header + g % 8 * group : g * group; }
+  constexpr long at(long g) const { return header ? header_at(g) + header + g % 8 * group : g * group; }
+  constexpr long header_at(long g) const { return g / 8 * (8 * group + header); }
 };
 
 constexpr WideLayout wide_layout(int plain) {
@@ -106,23 +107,23 @@ LS_INLINE vw looked_up(vw table, vw index) {  // by the lowest 5 bits
 
 // -- a group
 
-// Scales [32] (of groups of 16: [2][32]) and what is added [32], as float32.
+// Scales [16] (of groups of 16: [2][16]) and what is added [16] of the columns from `c` on, as float32.
 template <int kPlain>
-LS_INLINE void wide_scales(const uint8_t* group, const uint8_t* header, float* scales, float* minima) {
+LS_INLINE void wide_scales(const uint8_t* group, const uint8_t* header, int c, float* scales, float* minima) {
   const uint8_t* held = group + wide_layout(kPlain).values;
 #pragma GCC unroll 2
-  for (int c = 0; c < kWide; c += W) {
+  for (int i = 0; i < kHalf; i += W, c += W) {
     if constexpr (kPlain == liushui::kInt4K) {
       const vf scale = load_half((const uint16_t*)header + c), minimum = load_half((const uint16_t*)header + 32 + c);
-      store(scales + c, scale * load_small(held + c));
-      store(minima + c, -(minimum * load_small(held + 32 + c)));
+      store(scales + i, scale * load_small(held + c));
+      store(minima + i, -(minimum * load_small(held + 32 + c)));
     } else if constexpr (kPlain == liushui::kInt6K) {
       const vf scale = load_half((const uint16_t*)header + c);
-      store(scales + c, scale * load_small((const int8_t*)held + c));
-      store(scales + 32 + c, scale * load_small((const int8_t*)held + 32 + c));
+      store(scales + i, scale * load_small((const int8_t*)held + c));
+      store(scales + kHalf + i, scale * load_small((const int8_t*)held + 32 + c));
     } else {
-      store(scales + c, load_half((const uint16_t*)held + c));
-      if (kPlain == liushui::kInt4Min) store(minima + c, load_half((const uint16_t*)held + 32 + c));
+      store(scales + i, load_half((const uint16_t*)held + c));
+      if (kPlain == liushui::kInt4Min) store(minima + i, load_half((const uint16_t*)held + 32 + c));
     }
   }
 }
@@ -147,27 +148,27 @@ LS_INLINE void expand_four(const uint8_t* from, vf q, const float* scales, const
   }
 }
 
-// Group g of a panel -> [32 columns][32 values], two tiles as the first factor of a product.
+// Columns 16 half to 16 half + 15 of a group -> [16][32 values], a tile as the first factor of a product.
 template <int kPlain>
-LS_INLINE void expand_group(const uint8_t* panel, long g, bf16* to) {
+LS_INLINE void expand_tile(const uint8_t* group, const uint8_t* header, int half, bf16* to) {
   constexpr WideLayout layout = wide_layout(kPlain);
-  const uint8_t* group = panel + layout.at(g);
-  alignas(64) float held[3 * kWide];
-  wide_scales<kPlain>(group, panel + g / 8 * (8 * layout.group + layout.header), held, held + 2 * kWide);
+  alignas(64) float held[3 * kHalf];
+  wide_scales<kPlain>(group, header, half * kHalf, held, held + 2 * kHalf);
   const float* scales = held;
   asm("" : "+r"(scales) : : "memory");  // read one by one from memory: that is not the port which looks up
+  group += half * (layout.values / 2);
   if constexpr (layout.values == 512) {
     vf q;
     for (int i = 0; i < W; i++) q[i] = (float)(i - (kPlain == liushui::kInt4 ? 8 : 0));
-#pragma GCC unroll 8
-    for (int c = 0; c < kWide; c += 4)
-      expand_four<kPlain>(group + c * 16, q, scales + c, scales + 2 * kWide + c, to + c * 32);
+#pragma GCC unroll 4
+    for (int c = 0; c < kHalf; c += 4)
+      expand_four<kPlain>(group + c * 16, q, scales + c, scales + 2 * kHalf + c, to + c * 32);
   } else {
-#pragma GCC unroll 8
-    for (int c = 0; c < kWide; c++) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kHalf; c++) {
       const int8_t* q = (const int8_t*)group + c * 32;
       const vf low = load_small(q) * scales[c];
-      const vf high = load_small(q + W) * scales[kPlain == liushui::kInt6K ? kWide + c : c];
+      const vf high = load_small(q + W) * scales[kPlain == liushui::kInt6K ? kHalf + c : c];
       const vw row = words_of(low, high);
       memcpy((void*)(to + c * 32), &row, 64);
     }
@@ -180,16 +181,16 @@ template <int kPlain>
 void wide_row(const uint8_t* panel, int column, long k, float* out) {
   constexpr WideLayout layout = wide_layout(kPlain);
   constexpr bool kNibbles = layout.values == 512, kMinimum = kPlain == liushui::kInt4Min || kPlain == liushui::kInt4K;
-  float scales[2 * kWide], minima[kWide];
+  float scales[2 * kHalf], minima[kHalf];
   for (long i = 0; i < k; i++) {
     const long g = i / 32, at = i % 32;
     const uint8_t* group = panel + layout.at(g);
-    if (at == 0) wide_scales<kPlain>(group, panel + g / 8 * (8 * layout.group + layout.header), scales, minima);
+    if (at == 0) wide_scales<kPlain>(group, panel + layout.header_at(g), column & 16, scales, minima);
     const uint8_t nibbles = group[column / 4 * 64 + at * 2 + column % 4 / 2];
     const int q = kNibbles ? (nibbles >> column % 2 * 4 & 15) - (kPlain == liushui::kInt4 ? 8 : 0)
                            : (int8_t)group[column * 32 + at];
-    const float value = (float)q * scales[kPlain == liushui::kInt6K ? at / 16 * kWide + column : column];
-    out[i] = kMinimum ? value + minima[column] : value;
+    const float value = (float)q * scales[(kPlain == liushui::kInt6K ? at & 16 : 0) + column % kHalf];
+    out[i] = kMinimum ? value + minima[column % kHalf] : value;
   }
 }
 
