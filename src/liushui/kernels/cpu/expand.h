@@ -5,7 +5,11 @@
 // their products with q are exact in float32, one fused operation gives what a product and a sum give.)
 //
 // A panel holds 32 columns, group after group of 32 values of k; a group: its values, then its scales, then its minima,
-// 32 each. Values of 4 bits lie in 8 vectors of 32 words: word i of vector j has value i of columns 4 j to 4 j + 3.
+// 32 each. Values of 4 bits lie in 8 vectors of 32 words: word i of vector j has value i of columns 4 j to 4 j + 3. To
+// those of 8 bits with a scale in float16 128 has been added.
+//
+// Beside tile instructions a core of Sapphire Rapids has one unit for float operations on 512 bits, not two (16 of them
+// take 16.5 cycles then, else 8.2), while shuffles, logic and conversion to bfloat16 take what they take without.
 #pragma once
 #include "amx.h"
 #include "quant_pack.h"
@@ -34,6 +38,9 @@ constexpr WideLayout wide_layout(int plain) {
   }
 }
 
+// Turns int8 into itself with 128 added, where that is how it is held.
+constexpr uint8_t wide_flip(int plain) { return plain == liushui::kInt8 ? 0x80 : 0; }
+
 inline long wide_panel_bytes(const PackedWeight& w) {
   const WideLayout layout = wide_layout(plain_format(w.format));
   const long groups = groups_of(w);
@@ -46,11 +53,12 @@ struct WideColumn {
   int column;
   Format format;
   WideLayout layout;
+  uint8_t flip;
 
   void put(long g, const int8_t* q) const {
     uint8_t* to = panel + layout.at(g);
     if (!format.nibbles) {
-      memcpy(to + column * 32, q, 32);
+      for (int i = 0; i < 32; i++) to[column * 32 + i] = (uint8_t)(q[i] ^ flip);
       return;
     }
     typedef uint8_t vb __attribute__((vector_size(32)));
@@ -80,7 +88,7 @@ inline void wide_pack_panel(const PackedWeight& w, int source, const uint8_t* ro
   memset(to, 0, (size_t)bytes);
   for (int c = 0; c < kWide && panel * kWide + c < w.n; c++)
     pack_column(w, source, rows + (panel * kWide + c) * row_bytes, row_bytes,
-                WideColumn{to, c, format_of(plain), wide_layout(plain)});
+                WideColumn{to, c, format_of(plain), wide_layout(plain), wide_flip(plain)});
 }
 
 // -- two vectors of float as 32 words of bfloat16, and a table of them
@@ -132,20 +140,30 @@ LS_INLINE void wide_scales(const uint8_t* group, const uint8_t* header, int c, f
 // from 16 on. `scales`, `minima`: of the four.
 template <int kPlain>
 LS_INLINE void expand_four(const uint8_t* from, vf q, const float* scales, const float* minima, bf16* to) {
-  vw packed;
-  memcpy(&packed, from, 64);
 #pragma GCC unroll 2
   for (int p = 0; p < 4; p += 2) {
+    vw packed;  // of the last two columns from the odd bytes on: what comes above does not matter
+    memcpy(&packed, from + p / 2, 64);
     vf values[2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++)
       values[i] = kPlain == liushui::kInt4 ? q * scales[p + i] : fma(q, splat(scales[p + i]), splat(minima[p + i]));
-    const vw table = words_of(values[1], values[0]), high = packed >> (4 * p + 4);
-    const vw second = looked_up(table, p == 2 ? high : high & 15);  // nothing is above the last
-    const vw first = looked_up(table, ((packed >> (4 * p)) & 15) | 16);
+    const vw table = words_of(values[1], values[0]);
+    const vw second = looked_up(table, (packed >> 4) & 15), first = looked_up(table, (packed & 15) | 16);
     memcpy((void*)(to + p * 32), &first, 64);
     memcpy((void*)(to + p * 32 + 32), &second, 64);
   }
+}
+
+// 32768 + each of W bytes: they lie where a float's bits count 1, 2, 4 ... of it.
+LS_INLINE vf above_32768(const uint8_t* p) {
+#if defined(__AVX512BW__)
+  const __m512i order = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0) << 8;
+  const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+  return (vf)_mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x47000000), 0x2222222222222222, bytes, order);
+#else
+  return load_small(p) + 32768.0f;
+#endif
 }
 
 // Columns 16 half to 16 half + 15 of a group -> [16][32 values], a tile as the first factor of a product.
@@ -154,6 +172,8 @@ LS_INLINE void expand_tile(const uint8_t* group, const uint8_t* header, int half
   constexpr WideLayout layout = wide_layout(kPlain);
   alignas(64) float held[3 * kHalf];
   wide_scales<kPlain>(group, header, half * kHalf, held, held + 2 * kHalf);
+  if constexpr (kPlain == liushui::kInt8)  // less (32768 + 128) scales: that, too, is exact (11 bits times 9)
+    for (int i = 0; i < kHalf; i += W) store(held + 2 * kHalf + i, load(held + i) * -32896.0f);
   const float* scales = held;
   asm("" : "+r"(scales) : : "memory");  // read one by one from memory: that is not the port which looks up
   group += half * (layout.values / 2);
@@ -166,9 +186,14 @@ LS_INLINE void expand_tile(const uint8_t* group, const uint8_t* header, int half
   } else {
 #pragma GCC unroll 16
     for (int c = 0; c < kHalf; c++) {
-      const int8_t* q = (const int8_t*)group + c * 32;
-      const vf low = load_small(q) * scales[c];
-      const vf high = load_small(q + W) * scales[kPlain == liushui::kInt6K ? kHalf + c : c];
+      vf low, high;
+      if constexpr (kPlain == liushui::kInt8) {
+        const vf scale = splat(scales[c]), less = splat(scales[2 * kHalf + c]);
+        low = fma(above_32768(group + c * 32), scale, less), high = fma(above_32768(group + c * 32 + W), scale, less);
+      } else {
+        const int8_t* q = (const int8_t*)group + c * 32;
+        low = load_small(q) * scales[c], high = load_small(q + W) * scales[kHalf + c];
+      }
       const vw row = words_of(low, high);
       memcpy((void*)(to + c * 32), &row, 64);
     }
@@ -188,7 +213,7 @@ void wide_row(const uint8_t* panel, int column, long k, float* out) {
     if (at == 0) wide_scales<kPlain>(group, panel + layout.header_at(g), column & 16, scales, minima);
     const uint8_t nibbles = group[column / 4 * 64 + at * 2 + column % 4 / 2];
     const int q = kNibbles ? (nibbles >> column % 2 * 4 & 15) - (kPlain == liushui::kInt4 ? 8 : 0)
-                           : (int8_t)group[column * 32 + at];
+                           : (int8_t)(group[column * 32 + at] ^ wide_flip(kPlain));
     const float value = (float)q * scales[(kPlain == liushui::kInt6K ? at & 16 : 0) + column % kHalf];
     out[i] = kMinimum ? value + minima[column % kHalf] : value;
   }

@@ -51,8 +51,8 @@ struct Output {
   int32_t type;  // ElementType
   int32_t epilogue;
   int64_t stride;  // elements between rows of data
-  // kHand: `count` values of row `row` from column `column` on. Called by the worker that formed them; columns of a
-  // row come in ascending order within a worker, and each is handed over exactly once.
+  // kHand: `count` values of row `row` from column `column` on, each handed over exactly once, by whoever formed them:
+  // `worker` is that of the call of `multiply`.
   void (*hand)(void* context, int worker, long row, long column, const float* values, long count);
   void* context;
 };
