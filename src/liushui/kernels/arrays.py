@@ -22,6 +22,9 @@ _HELD = {
     "int32": np.int32,
     "int64": np.int64,
 }
+_DTYPES = {name: np.dtype(held) for name, held in _HELD.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items() if name != "bfloat16"}
+"""numpy puts a name together anew each time it is asked: 4 us, many times a step."""
 
 
 @cache
@@ -41,7 +44,7 @@ def type_like(dtype: Any, name: str) -> Any:
 
 def item_bytes(dtype: Any) -> int:
     """Bytes of one number."""
-    return np.dtype(_HELD[type_name(dtype)]).itemsize
+    return _DTYPES[type_name(dtype)].itemsize
 
 
 class Array:
@@ -51,14 +54,14 @@ class Array:
 
     def __init__(self, values: np.ndarray, dtype: str | None = None) -> None:
         """`dtype`: needed for bfloat16 only."""
-        self.dtype = dtype or values.dtype.name
-        if values.dtype != _HELD[self.dtype] or not values.flags.c_contiguous:
+        self.dtype = dtype or _NAMES.get(values.dtype) or values.dtype.name
+        if values.dtype != _DTYPES[self.dtype] or not values.flags.c_contiguous:
             raise ValueError(f"{values.dtype.name} is not contiguous memory of {self.dtype}")
         self.values = values
 
     @classmethod
     def empty(cls, shape: Sequence[int], dtype: str) -> Array:
-        return cls(np.empty(shape, _HELD[dtype]), dtype)
+        return cls(np.empty(shape, _DTYPES[dtype]), dtype)
 
     @classmethod
     def cat(cls, arrays: Sequence[Array]) -> Array:
