@@ -20,7 +20,6 @@ constexpr long kTilesAhead = 3;
 constexpr long kTileRing = 4;       // tiles kept where nobody needs them a second time
 constexpr long kFetchAhead = 8192;  // bytes of the packed weight
 constexpr long kFetchRows = 2;      // chunks of x: a tile from the second cache takes far longer than its products
-constexpr long kLonePanels = 64;    // of a lone row, before their sums are put out
 
 // Rows of x as the second factor, [tile of 16 rows][chunk][k / 2 % 16][row][k % 2], zeros past k; a lone row is that
 // already.
@@ -167,31 +166,6 @@ void expand_and_add(const WideX& x, const uint8_t* panel, long g, long chunks, c
   }
 }
 
-// A lone row times panels [first, last) -> sums [last - first][32]. The next panel's tiles are begun before the one
-// before is done.
-template <int kPlain>
-void lone_panels(const PackedWeight& w, const bf16* x, long first, long last, char* ring, float* sums) {
-  const long chunks = groups_of(w);
-  TileMaker<kPlain> maker = {(const uint8_t*)w.data, 2 * first * chunks, 2 * last * chunks, ring, kTileRing - 1};
-  long t = maker.first;
-  maker.begin();
-  for (long panel = first; panel < last; panel++, sums += kWide) {
-    LS_TILE_ZERO(0);
-    LS_TILE_ZERO(1);
-    for (long i = 0; i < chunks; i++, t += 2) {
-      LS_TILE_LOAD(6, x + i * kInnerGroup, 4);
-      maker.template make<true>();
-      LS_TILE_LOAD(4, maker.place(t), 64);
-      LS_TILE_BF16(0, 4, 6);
-      maker.template make<false>();
-      LS_TILE_LOAD(5, maker.place(t + 1), 64);
-      LS_TILE_BF16(1, 5, 6);
-    }
-    LS_TILE_STORE(0, sums, 4);
-    LS_TILE_STORE(1, sums + kTile, 4);
-  }
-}
-
 // The same with what was expanded. The next pair of tiles follows.
 template <bool kTwo>
 void add_expanded(const WideX& x, long chunks, const char* expanded, const uint32_t* sums) {
@@ -279,43 +253,8 @@ void wide_units(long panels, long rows, int worker, int workers, const Each& eac
   LS_TILE_RELEASE();
 }
 
-using LonePanels = void (*)(const PackedWeight&, const bf16*, long, long, char*, float*);
-
-inline LonePanels lone_kernel(const PackedWeight& w) {
-  switch (plain_format(w.format)) {
-    case liushui::kInt4: return lone_panels<liushui::kInt4>;
-    case liushui::kInt4Min: return lone_panels<liushui::kInt4Min>;
-    case liushui::kInt4K: return lone_panels<liushui::kInt4K>;
-    case liushui::kInt6K: return lone_panels<liushui::kInt6K>;
-    default: return lone_panels<liushui::kInt8>;
-  }
-}
-
-// Calls each(first panel, panel after the last) for the share of `worker`, tiles being set up for a lone row.
-template <class Each>
-void lone_units(long panels, int worker, int workers, const Each& each) {
-  const Share share = share_of(panels, worker, workers);
-  if (share.begin == share.end) return;
-  configure_wide(1);
-  for (long panel = share.begin; panel < share.end; panel += kLonePanels)
-    each(panel, min_of(panel + kLonePanels, share.end));
-  LS_TILE_RELEASE();
-}
-
-inline void lone_multiply(const PackedWeight& w, const bf16* x, long first_column, const Output& out, int worker,
-                          int workers) {
-  char* ring = (char*)liushui::scratch(liushui::kProduct, kTileRing * kWideTile + kLonePanels * kWide * sizeof(float));
-  float* sums = (float*)(ring + kTileRing * kWideTile);
-  lone_units((w.n + kWide - 1) / kWide, worker, workers, [&](long first, long last) {
-    lone_kernel(w)(w, x, first, last, ring, sums);
-    const long column = first * kWide, count = min_of(last * kWide, w.n) - column;
-    emit_rows(out, w.bias ? w.bias + column : nullptr, worker, 0, 1, first_column + column, count, sums, count);
-  });
-}
-
 inline void wide_multiply(const PackedWeight& w, const void* x, long rows, long first_column, const Output& out,
                           int worker, int workers) {
-  if (wide_direct(w.k, rows)) return lone_multiply(w, (const bf16*)x, first_column, out, worker, workers);
   char* expanded = (char*)liushui::scratch(liushui::kProduct, kWideExpanded + kWideSums + kWideY);
   uint32_t* first_sums = (uint32_t*)(expanded + kWideExpanded);
   float* turned = (float*)(expanded + kWideExpanded + kWideSums);

@@ -1,8 +1,7 @@
 // SwiGLU's two products in one, for expanded blocks (amx_gated.h: for bfloat16). Sums are [column][row], and that is
 // how the product after it takes its rows: nothing has to be turned.
 #pragma once
-#include "amx_blocks.h"
-#include "rows.h"
+#include "amx_lone.h"
 
 #if defined(LS_TILE_BF16)
 namespace {
@@ -11,8 +10,6 @@ inline bool wide_gated_fits(const PackedWeight& gate_up, const PackedWeight& dow
   return gate_up.format > liushui::kAsBFloat16 && down.format > liushui::kAsBFloat16 && !gate_up.next && !down.next &&
          gate_up.n == 2 * down.k && down.k % kWide == 0 && gate_up.k % kInnerGroup == 0;
 }
-
-LS_INLINE vf gated(vf gate, vf up) { return silu<bf16>(rounded<bf16>(gate)) * rounded<bf16>(up); }
 
 // 16 columns of a tile of rows, [column][row], as pairs of columns.
 inline void gate_columns(const float* gate, const float* up, const float* gate_bias, const float* up_bias, bf16* to) {
@@ -30,36 +27,10 @@ inline void gate_columns(const float* gate, const float* up, const float* gate_b
   }
 }
 
-inline void gate_lone(const float* gate, const float* up, const float* gate_bias, const float* up_bias, bf16* to) {
-  for (int c = 0; c < kWide; c += W) {
-    vf g = load(gate + c), u = load(up + c);
-    if (gate_bias) g = g + load(gate_bias + c), u = u + load(up_bias + c);
-    store(to + c, gated(g, u));
-  }
-}
-
-inline void lone_multiply_gated(const PackedWeight& gate_up, const bf16* x, long half, bf16* inner, int worker,
-                                int workers) {
-  constexpr long kBytes = kLonePanels * kWide * sizeof(float);
-  char* ring = (char*)liushui::scratch(liushui::kProduct, kTileRing * kWideTile + 2 * kBytes);
-  float *gates = (float*)(ring + kTileRing * kWideTile), *ups = gates + kBytes / 4;
-  const LonePanels kernel = lone_kernel(gate_up);
-  lone_units(half, worker, workers, [&](long first, long last) {
-    kernel(gate_up, x, first, last, ring, gates);
-    kernel(gate_up, x, half + first, half + last, ring, ups);
-    for (long panel = first; panel < last; panel++) {
-      const float* bias = gate_up.bias ? gate_up.bias + panel * kWide : nullptr;
-      const long at = (panel - first) * kWide;
-      gate_lone(gates + at, ups + at, bias, bias ? bias + half * kWide : nullptr, inner + panel * kWide);
-    }
-  });
-}
-
-// The share of `worker`; inner: a lone row as it is, else prepared for `down`.
+// The share of `worker`; inner: prepared for `down`. For a lone row: amx_lone.h.
 inline void wide_multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* x, long rows,
                                 bf16* inner, int worker, int workers) {
   const long half = down.k / kWide, chunks = half;
-  if (wide_direct(gate_up.k, rows)) return lone_multiply_gated(gate_up, (const bf16*)x, half, inner, worker, workers);
   char* expanded = (char*)liushui::scratch(liushui::kProduct, kWideExpanded + 2 * kWideSums);
   uint32_t *gates = (uint32_t*)(expanded + kWideExpanded), *ups = gates + kWideSums / 4;
   wide_units(half, rows, worker, workers, [&](long panel, long begin, long end) {

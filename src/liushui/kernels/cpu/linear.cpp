@@ -55,7 +55,7 @@ long rows_together(const PackedWeight& w, long rows) {
 }
 
 void multiply(const PackedWeight& weight, const void* prepared, int x_type, long rows, const Output& out, int worker,
-              int workers) {
+              int workers, int32_t* taken) {
   long column = 0;
   for (const PackedWeight* w = &weight; w; column += w->n, w = w->next) {
     if (is_integer(*w)) {
@@ -69,14 +69,16 @@ void multiply(const PackedWeight& weight, const void* prepared, int x_type, long
       gemm_multiply<float>(*w, (const float*)prepared, rows, column, out, worker, workers);
     } else {
 #if defined(LS_TILE_BF16)
-      if (is_expanded(*w))
+      if (is_expanded(*w) && wide_direct(w->k, rows))
+        lone_multiply(*w, (const bf16*)prepared, column, out, worker, workers, w == &weight ? taken : nullptr);
+      else if (is_expanded(*w))
         wide_multiply(*w, prepared, rows, column, out, worker, workers);
       else if (x_type == kFloat32)
         mixed_multiply(*w, (const float*)prepared, rows, column, out, worker, workers);
       else
         bf16_multiply(*w, prepared, x_type, rows, column, out, worker, workers);
 #else
-      (void)x_type;
+      (void)x_type, (void)taken;
       gemm_multiply<bf16>(*w, (const float*)prepared, rows, column, out, worker, workers);
 #endif
     }
@@ -93,12 +95,14 @@ bool can_gate(const PackedWeight& gate_up, const PackedWeight& down, int x_type)
 }
 
 void multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* prepared, long rows, void* inner,
-                    int worker, int workers) {
+                    int worker, int workers, int32_t* taken) {
 #if defined(LS_TILE_BF16)
+  if (is_expanded(gate_up) && wide_direct(gate_up.k, rows))
+    return lone_multiply_gated(gate_up, (const bf16*)prepared, down.k / kWide, (bf16*)inner, worker, workers, taken);
   (is_expanded(gate_up) ? wide_multiply_gated : bf16_multiply_gated)(gate_up, down, prepared, rows, (bf16*)inner, worker,
                                                                      workers);
 #else
-  (void)gate_up, (void)down, (void)prepared, (void)rows, (void)inner, (void)worker, (void)workers;
+  (void)gate_up, (void)down, (void)prepared, (void)rows, (void)inner, (void)worker, (void)workers, (void)taken;
 #endif
 }
 

@@ -51,8 +51,8 @@ struct Output {
   int32_t type;  // ElementType
   int32_t epilogue;
   int64_t stride;  // elements between rows of data
-  // kHand: `count` values of row `row` from column `column` on, each handed over exactly once, by whoever formed them:
-  // `worker` is that of the call of `multiply`.
+  // kHand: `count` values of row `row` from column `column` on. Called by the worker that formed them; columns of a
+  // row come in ascending order within a worker, and each is handed over exactly once.
   void (*hand)(void* context, int worker, long row, long column, const float* values, long count);
   void* context;
 };
@@ -71,9 +71,11 @@ void prepare_rows(const PackedWeight& weight, const void* x, int x_type, long ro
 long rows_together(const PackedWeight& weight, long rows);
 
 // The share of `worker` (0 .. workers - 1) in y, for rows [0, rows) of `prepared` (or of x, where nothing had to be
-// prepared). Uses scratch memory kProduct. Shares do not overlap and together are everything.
+// prepared). Uses scratch memory kProduct. Shares do not overlap and together are everything. `taken`: a word of zeros
+// that the workers share; with it, who is done may take over some of another's share. (Not for kHand, which is to see
+// columns in order.)
 void multiply(const PackedWeight& weight, const void* prepared, int x_type, long rows, const Output& out, int worker,
-              int workers);
+              int workers, int32_t* taken = nullptr);
 
 // Whether multiply_gated can serve: `gate_up` has the rows of a gate, then as many of what it lets through.
 bool can_gate(const PackedWeight& gate_up, const PackedWeight& down, int x_type);
@@ -81,7 +83,7 @@ bool can_gate(const PackedWeight& gate_up, const PackedWeight& down, int x_type)
 // The share of `worker` in silu(x gate^T) * (x up^T), every operation rounded as by itself, to `inner`: in the form
 // that `down` multiplies with, that is prepared, or rows as they are where nothing has to be prepared.
 void multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* prepared, long rows, void* inner,
-                    int worker, int workers);
+                    int worker, int workers, int32_t* taken = nullptr);
 
 // Rows ids[begin .. end) of the weight, dequantised, to rows [begin, end) of out (kStore). The ids are in range.
 void embed_rows(const PackedWeight& weight, const int64_t* ids, long begin, long end, const Output& out);

@@ -31,8 +31,7 @@ constexpr long kStepRows = 512;  // rows of a block: each reads the weights from
 constexpr long kStepRows = 256;
 #endif
 constexpr long kFewRows = 16;    // up to here a product is the reading of its weight: long pieces
-constexpr int kShares = 8;       // of a worker in a product of more rows; the last 2 of one of few
-constexpr int kMostTaking = 15;  // workers that help each other with few rows: two bits each
+constexpr int kShares = 8;       // of a worker in a product of more rows
 
 // The best logit of a row so far.
 struct Best {
@@ -140,21 +139,14 @@ struct Deal {
 };
 LS_INLINE Deal deal(long rows, const Worker& w) { return {rows * w.index / w.count, rows * (w.index + 1) / w.count}; }
 
-// Calls each(share, shares) for what this worker takes of a product, so that one who is held up holds up nobody: of many
-// rows small shares; of few its own part in long pieces, the last quarter only if no other has taken that before.
+// Calls each(share, shares, taken) for what this worker takes of a product, so that one who is held up holds up nobody. Of
+// many rows there are several shares a worker; of few one, and a word with which the product itself may do so.
 template <class T, class Each>
 void take_shares(Step<T>& step, long rows, Worker& w, const Each& each) {
   int32_t* taken = &step.shares[w.products++];
-  if (w.count == 1 || (rows <= kFewRows && w.count > kMostTaking)) return each(w.index, w.count);
+  if (rows <= kFewRows || w.count == 1) return each(w.index, w.count, taken);
   const int shares = kShares * w.count;
-  if (rows > kFewRows)
-    for (int share; (share = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) < shares;) each(share, shares);
-  for (int i = 0; rows <= kFewRows && i < 3; i++) each(4 * w.index + i, 4 * w.count);
-  for (int i = 0; rows <= kFewRows && i < 2 * w.count; i++) {
-    const int piece = (2 * w.index + i) % (2 * w.count), bit = 1 << piece;
-    if (__atomic_load_n(taken, __ATOMIC_RELAXED) & bit || __atomic_fetch_or(taken, bit, __ATOMIC_RELAXED) & bit) continue;
-    each(8 * (piece / 2) + 6 + piece % 2, shares);
-  }
+  for (int share; (share = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) < shares;) each(share, shares, nullptr);
 }
 
 // What `weight` multiplies with: make(row, to) writes row `row` to `to`, or says where it lies. Leaves with a barrier,
@@ -190,9 +182,13 @@ const void* product_input(Step<T>& step, const PackedWeight& weight, long rows, 
 template <class T>
 void product(Step<T>& step, const PackedWeight& weight, long rows, const void* x, const Output& out,
              liushui::StepPart part, Worker& w) {
-  take_shares(step, rows, w, [&](int share, int shares) {
-    liushui::LS_ISA::multiply(weight, x, step.m.type, rows, out, share, shares);
-  });
+  using namespace liushui::LS_ISA;
+  if (out.epilogue == liushui::kHand)  // which knows its workers
+    multiply(weight, x, step.m.type, rows, out, w.index, w.count);
+  else
+    take_shares(step, rows, w, [&](int share, int shares, int32_t* taken) {
+      multiply(weight, x, step.m.type, rows, out, share, shares, taken);
+    });
   w.did(part);
 }
 
@@ -278,8 +274,8 @@ const void* gated_input(Step<T>& step, const StepLayer& layer, long rows, const 
   using namespace liushui::LS_ISA;
   const long inner = step.m.inner;
   if (can_gate(*layer.gate_up, *layer.down, step.m.type)) {
-    take_shares(step, rows, w, [&](int share, int shares) {
-      multiply_gated(*layer.gate_up, *layer.down, x, rows, step.s.inner, share, shares);
+    take_shares(step, rows, w, [&](int share, int shares, int32_t* taken) {
+      multiply_gated(*layer.gate_up, *layer.down, x, rows, step.s.inner, share, shares, taken);
     });
     w.did(liushui::kPartGateUp);
     w.meet(liushui::kPartGateUp);
@@ -331,17 +327,11 @@ void layer_forward(Step<T>& step, long index, Worker& w) {
   }
 }
 
-template <class T>
-struct Keeper {  // of the best that a worker has seen
-  Step<T>& step;
-  int worker;
-};
-
 // The larger logit wins, the smaller index among equals, as argmax has it; one that is not a number spoils the row.
 template <class T>
-void keep_best(void* context, int, long row, long column, const float* values, long count) {
-  const auto& [step, worker] = *(Keeper<T>*)context;
-  Best& best = step.s.best[worker * step.b.num_tokens + row];
+void keep_best(void* context, int worker, long row, long column, const float* values, long count) {
+  Step<T>& step = *(Step<T>*)context;
+  Best& best = step.s.best[(long)worker * step.b.num_tokens + row];
   float scaled[64];
   for (long from = 0; from < count; from += 64) {
     const long part = min_of(64, count - from);
@@ -379,8 +369,7 @@ void choose_tokens(Step<T>& step, Worker& w) {
   for (long row = 0; row < count; row++)
     step.s.best[w.index * count + row] = Best{-__builtin_inff(), INT32_MAX, 0};
   const void* made = product_input(step, *step.m.head, count, (T*)b.hidden, liushui::kPartHead, w);
-  Keeper<T> keeper = {step, w.index};
-  product(step, *step.m.head, count, made, Output{nullptr, step.m.type, liushui::kHand, 0, keep_best<T>, &keeper},
+  product(step, *step.m.head, count, made, Output{nullptr, step.m.type, liushui::kHand, 0, keep_best<T>, &step},
           liushui::kPartHead, w);
   w.meet(liushui::kPartHead);
   const Deal mine = deal(count, w);
