@@ -10,15 +10,13 @@
 #if defined(LS_TILE_BF16)
 namespace {
 
-constexpr long kWideRows = 512;    // rows for which a panel is expanded once
-constexpr long kWideChunk = 2048;  // bytes of 32 columns with 32 values each
+constexpr long kWideRows = 512;     // rows for which a panel is expanded once
+constexpr long kWideChunk = 2048;   // bytes of 32 columns with 32 values each
 constexpr long kWideTile = kWideChunk / 2;
-constexpr long kWideDepth = 18;    // chunks that are expanded at a time, to stay in the nearest cache
-// Tiles that are expanded before one is multiplied: what was just written is not there yet. All of them and that one
-// lie within 4096 bytes: a load waits for an earlier store to an address that is the same but for a multiple of that.
-constexpr long kTilesAhead = 3;
+constexpr long kWideDepth = 18;     // chunks that are expanded at a time, to stay in the nearest cache
+constexpr long kTilesAhead = 3;     // expanded before one is multiplied; 1 to 15 take the same time, within 4 %
 constexpr long kTileRing = 4;       // tiles kept where nobody needs them a second time
-constexpr long kFetchAhead = 8192;  // bytes of the packed weight
+constexpr long kFetchAhead = 8192;  // bytes of the packed weight; 2 to 16 KiB make no difference
 constexpr long kFetchRows = 2;      // chunks of x: a tile from the second cache takes far longer than its products
 
 // Rows of x as the second factor, [tile of 16 rows][chunk][k / 2 % 16][row][k % 2], zeros past k; a lone row is that
@@ -138,8 +136,8 @@ LS_INLINE void add_chunk(const WideX& x, const char* from, const char* next, con
   LS_TILE_BF16(3, 5, 7);
 }
 
-// Groups [g, g + chunks) of the panel are expanded, `mask` + 1 places of `expanded` in turn (-1: all), and multiplied with the
-// first rows meanwhile.
+// Groups [g, g + chunks) of the panel are expanded, to `mask` + 1 places of `expanded` in turn (-1: all), and multiplied
+// with the first rows meanwhile.
 template <int kPlain, bool kTwo>
 void expand_and_add(const WideX& x, const uint8_t* panel, long g, long chunks, char* expanded, long mask,
                     const uint32_t* sums) {
@@ -217,7 +215,8 @@ void wide_panel_of(const WideTask& a, const Done& done) {
       uint32_t* sums = a.sums + pair * 1024;
       const uint32_t* before = block ? sums : nullptr;
       if (pair == 0)
-        (two ? expand_and_add<kPlain, true> : expand_and_add<kPlain, false>)(x, held, g, depth, a.expanded, mask, before);
+        (two ? expand_and_add<kPlain, true> : expand_and_add<kPlain, false>)(x, held, g, depth, a.expanded, mask,
+                                                                             before);
       else
         (two ? add_expanded<true> : add_expanded<false>)(x, depth, a.expanded, before);
       two ? store_sums<true>(sums) : store_sums<false>(sums);

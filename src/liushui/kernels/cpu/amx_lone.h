@@ -1,5 +1,5 @@
-// A lone row times expanded blocks (amx_blocks.h). The weight is one stream of tiles, whatever panels it belongs to: the
-// next panel's are begun before one is done. Two panels at a time share each tile of x.
+// A lone row times expanded blocks (amx_blocks.h). The weight is one stream of tiles, whatever panels they belong to:
+// the next panel's are begun before one is done. Two panels at a time share each tile of x.
 #pragma once
 #include "amx_blocks.h"
 #include "rows.h"
@@ -40,7 +40,8 @@ template <int kPlain, bool kTwo>
 void lone_panels(const PackedWeight& w, const bf16* x, long first, long count, long distance, char* ring, float* sums,
                  float* others) {
   const long chunks = groups_of(w);
-  LoneMaker<kPlain, kTwo> maker = {(const uint8_t*)w.data, first * chunks, (first + count) * chunks, distance * chunks, ring};
+  LoneMaker<kPlain, kTwo> maker = {(const uint8_t*)w.data, first * chunks, (first + count) * chunks, distance * chunks,
+                                   ring};
   maker.template make<0>();
   maker.template make<1>();
   maker.template make<kTwo ? 2 : 0>();
@@ -101,7 +102,8 @@ void lone_units(long panels, int worker, int workers, int32_t* taken, const Each
   run(cut(worker, 0), cut(worker, help ? 6 : 8));
   for (int i = 0; help && i < 2 * workers; i++) {
     const int piece = (2 * worker + i) % (2 * workers), bit = 1 << piece;
-    if (__atomic_load_n(taken, __ATOMIC_RELAXED) & bit || __atomic_fetch_or(taken, bit, __ATOMIC_RELAXED) & bit) continue;
+    if (__atomic_load_n(taken, __ATOMIC_RELAXED) & bit) continue;
+    if (__atomic_fetch_or(taken, bit, __ATOMIC_RELAXED) & bit) continue;
     run(cut(piece / 2, 6 + piece % 2), cut(piece / 2, 7 + piece % 2));
   }
   LS_TILE_RELEASE();

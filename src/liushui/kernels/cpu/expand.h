@@ -9,7 +9,8 @@
 // those of 8 bits with a scale in float16 128 has been added.
 //
 // Beside tile instructions a core of Sapphire Rapids has one unit for float operations on 512 bits, not two (16 of them
-// take 16.5 cycles then, else 8.2), while shuffles, logic and conversion to bfloat16 take what they take without.
+// take 16.5 cycles then, else 8.2), while shuffles, logic and conversion to bfloat16 take what they take without. A lookup
+// of words takes that unit, too, one of bytes does not.
 #pragma once
 #include "amx.h"
 #include "quant_pack.h"
@@ -136,23 +137,52 @@ LS_INLINE void wide_scales(const uint8_t* group, const uint8_t* header, int c, f
   }
 }
 
-// Four columns of 4 bits: their tables two by two, since rounding takes two vectors. The first one's values are those
-// from 16 on. `scales`, `minima`: of the four.
+// Four columns of 4 bits. look_up: the values of one, from a table of two: 16 of an even column, 16 of the odd one.
+#if defined(__AVX512VBMI__)
+// A word's bytes are looked up each by itself, by 2 q and 2 q + 1, and 32 more for the second column. Bytes of both are
+// taken from where 2 q stands, with the bits around it.
+struct FourColumns {
+  __m512i packed;
+
+  LS_INLINE explicit FourColumns(const uint8_t* from) : packed(_mm512_loadu_si512(from)) {}
+
+  template <int kColumn>
+  LS_INLINE vw look_up(vf low, vf high) const {
+    constexpr uint64_t at = 4 * kColumn + 63;  // of the first word, as all modulo 64
+    constexpr uint64_t words = at % 64 | (at + 16) % 64 << 16 | (at + 32) % 64 << 32 | (at + 48) % 64 << 48;
+    const __m512i bytes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64((long long)(words * 0x0101)), packed);
+    constexpr int kAndOr = 0xea;
+    const __m512i index = _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi8(0x1e),
+                                                    _mm512_set1_epi16(kColumn % 2 ? 0x2120 : 0x0100), kAndOr);
+    return (vw)_mm512_permutexvar_epi8(index, (__m512i)words_of(low, high));
+  }
+};
+#else
+struct FourColumns {
+  vw packed;
+
+  LS_INLINE explicit FourColumns(const uint8_t* from) { memcpy(&packed, from, 64); }
+
+  template <int kColumn>
+  LS_INLINE vw look_up(vf low, vf high) const {
+    const vw index = packed >> (4 * kColumn), table = words_of(low, high);
+    if (kColumn % 2) return looked_up(table, (index & 15) | 16);
+    return looked_up(table, index & 15);
+  }
+};
+#endif
+
+// Four columns of 4 bits. `scales`, `minima`: theirs. Two by two, since rounding takes two vectors.
 template <int kPlain>
 LS_INLINE void expand_four(const uint8_t* from, vf q, const float* scales, const float* minima, bf16* to) {
-#pragma GCC unroll 2
-  for (int p = 0; p < 4; p += 2) {
-    vw packed;  // of the last two columns from the odd bytes on: what comes above does not matter
-    memcpy(&packed, from + p / 2, 64);
-    vf values[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-      values[i] = kPlain == liushui::kInt4 ? q * scales[p + i] : fma(q, splat(scales[p + i]), splat(minima[p + i]));
-    const vw table = words_of(values[1], values[0]);
-    const vw second = looked_up(table, (packed >> 4) & 15), first = looked_up(table, (packed & 15) | 16);
-    memcpy((void*)(to + p * 32), &first, 64);
-    memcpy((void*)(to + p * 32 + 32), &second, 64);
-  }
+  const FourColumns four(from);
+  vf values[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+    values[i] = kPlain == liushui::kInt4 ? q * scales[i] : fma(q, splat(scales[i]), splat(minima[i]));
+  const vw columns[4] = {four.look_up<0>(values[0], values[1]), four.look_up<1>(values[0], values[1]),
+                         four.look_up<2>(values[2], values[3]), four.look_up<3>(values[2], values[3])};
+  memcpy((void*)to, columns, sizeof columns);
 }
 
 // 32768 + each of W bytes: they lie where a float's bits count 1, 2, 4 ... of it.

@@ -29,7 +29,7 @@ struct Features {
     avx2 = avx && fma && f16c && bit(b, 5) && (low & 0x6) == 0x6;
     // F, DQ, BW, VL; VNNI
     avx512 = avx2 && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31) && bit(c, 11) && (low & 0xe6) == 0xe6;
-    // BF16, TILE, INT8; VBMI and BF16 of vectors
+    // VBMI, which every processor with tiles has; BF16, TILE, INT8; BF16 of vectors
     amx = avx512 && bit(c, 1) && bit(d, 22) && bit(d, 24) && bit(d, 25) && (low & 0x60000) == 0x60000;
     amx = amx && __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5) && tiles_granted();
   }
