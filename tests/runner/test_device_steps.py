@@ -3,6 +3,7 @@
 Without a GPU it runs on the CPU in Triton's interpreter, without graphs.
 """
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,43 @@ def test_tokens_in_flight_feed_the_next_step() -> None:
         item = PlanItem("a", 0, len(prompt) + i, 1, (), (2,), True)
         pending.append(ahead.execute(StepPlan(i + 1, (item,))))
     assert [step.result().tokens["a"][0] for step in pending] == driver.ids["a"][len(prompt) :]
+
+
+@pytest.mark.skipif(COMPILED, reason="what stands for graphs is none")
+def test_steps_whose_products_changed_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, ready, tried = _runner("llama"), threading.Event(), []
+    steps = runner.steps
+    shapes = [StepShape(rows, sequences, 4, False) for rows, sequences in ((8, 8), (64, 2), (128, 8), (64, 64))]
+
+    def try_forms() -> set[int]:
+        tried.append(1)
+        return {8, 256} if len(tried) == 2 else set()
+
+    monkeypatch.setattr(steps.ops, "try_forms", try_forms)
+    monkeypatch.setattr(steps, "graphs", {shape: object() for shape in shapes})
+    steps.settle_once(ready)
+    driver = tiny.Driver(runner)
+    driver.add("a", [5], SamplingParams(temperature=0))
+    driver.step({"a": 1})
+    assert not tried, "what the steps themselves need is compiled first"
+    ready.set()
+    driver.step({"a": 1})
+    assert len(steps.graphs) == 4
+    driver.step({"a": 1})
+    assert list(steps.graphs) == [shapes[1], shapes[3]], "products of a step have its rows, or its sequences"
+
+
+def test_finishing_leaves_nothing_to_be_compiled_or_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, others, ready = _runner("llama").steps, [True, True, False], threading.Event()
+    monkeypatch.setattr(steps.ops, "try_others", lambda: others.pop(0))
+    monkeypatch.setattr(steps.ops, "try_forms", lambda: {steps.ops.untried.pop()})
+    monkeypatch.setattr(steps.ops, "untried", [1, 2])
+    steps.settle_once(ready)
+    threading.Timer(0.05, ready.set).start()
+    steps.finish()
+    assert ready.is_set()
+    assert not others
+    assert not steps.ops.untried
 
 
 def test_an_id_used_again_has_its_own_parameters() -> None:

@@ -29,6 +29,11 @@ class OpsLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.ops.linear(x, self.packed, self.bias)
 
+    def then(self, x: torch.Tensor, activation: Linear) -> torch.Tensor:
+        """`activation` of the product: by one kernel where the implementation has one."""
+        together = getattr(self.ops, "linear_then", None)
+        return activation(self(x)) if together is None else together(x, self.packed, self.bias, activation)
+
 
 @dataclass(frozen=True, slots=True)
 class DenseTable:

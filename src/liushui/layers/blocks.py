@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from liushui.kernels.ops import Ops
-from liushui.kernels.policy import Linear
+from liushui.kernels.policy import Linear, OpsLinear
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +73,8 @@ class GatedMLP:
     down: Linear
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.gate_up, OpsLinear):
+            return self.down(self.gate_up.then(x, self.activation))
         return self.down(self.activation(self.gate_up(x)))
 
 

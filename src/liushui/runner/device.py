@@ -170,7 +170,7 @@ class DeviceSteps:
     def settle_once(self, ready: threading.Event) -> list[str]:
         """Before the first step of one row after `ready`, `settle`. Lines for the start-up report."""
         self._settles = ready
-        return [self.one_row.note] if self.one_row.note else []
+        return [*([self.one_row.note] if self.one_row.note else []), *self.ops.forms.report()]
 
     def settle(self) -> None:
         """Try what serves only if it proves right here: steps of one row as one kernel."""
@@ -223,7 +223,11 @@ class DeviceSteps:
     def _run(self, shape: StepShape) -> Outputs:
         if shape.rows == 1 and self._settles is not None and self._settles.is_set():
             self.settle()
-        again = shape in self._seen and shape not in self.graphs and not self.ops.try_others()
+        again = shape in self._seen and shape not in self.graphs
+        if again and self.ops.try_others():
+            again = False
+        elif self._settles is None or self._settles.is_set():  # what steps need is compiled before it
+            self._try_forms()
         if again and self.graph_failure is None and len(self.graphs) < MAX_GRAPHS:  # noqa: SIM102
             if self._seen[shape] <= GRAPH_VALUES:
                 self._capture(shape)
@@ -236,6 +240,30 @@ class DeviceSteps:
         if self.device.type == "cuda" and not standing_in:
             self._seen[shape] = out.hidden.numel()
         return out
+
+    def _try_forms(self) -> None:
+        """Products that are compiled behind the steps. Graphs with those that no longer serve are captured anew.
+
+        On the device a trial comes behind the step in flight and before this one: they do not disturb one another.
+        """
+        before = self.ops.forms.note
+        if changed := self.ops.try_forms():
+            kept = {s: g for s, g in self.graphs.items() if changed.isdisjoint((s.rows, s.sequences))}
+            self.graphs = kept
+        if self.ops.forms.note != before:
+            LOG.info("own products for many rows: no more are tried (%s)", self.ops.forms.note)
+
+    def finish(self) -> None:
+        """Wait for what is compiled behind the first steps, and try now what steps would try one by one."""
+        if self._settles is not None:
+            self._settles.wait()
+            self.settle()
+        with torch.inference_mode():
+            while self.ops.try_others():
+                pass
+            while self.ops.untried:
+                self._try_forms()
+                self.ops.forms.wait()
 
     def _capture(self, shape: StepShape) -> None:
         """Capture the step; a model that asks the host in between cannot be captured, and runs kernel by kernel.

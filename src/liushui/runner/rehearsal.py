@@ -93,6 +93,11 @@ class CompileOnly(TritonOps):
             return x.new_empty(rows, weight.shape[0])
         return products.product(x, weight, bias, self.chained)
 
+    def linear_then(
+        self, x: Tensor, packed: PackedLinear, bias: Tensor | None, activation: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        return activation(self.linear(x, packed, bias))
+
 
 def distinct(layers: Sequence[Any]) -> list[Any]:
     """The first of each kind of layer: the others launch the same kernels."""

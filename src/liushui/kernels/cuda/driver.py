@@ -1,13 +1,14 @@
 """The CUDA driver through ctypes: machine code becomes a kernel that is launched beside PyTorch's."""
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
 from liushui.kernels.cuda import CudaUnavailableError
 
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CLUSTER_DIMENSION, _PROGRAMMATIC_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_...
 _BFLOAT16, _PLAIN, _SWIZZLE_128, _PROMOTE_256 = 9, 0, 3, 3
 
 
@@ -49,6 +50,27 @@ class Kernel:
         ))  # fmt: skip
         return count.value
 
+    def clusters(self, size: int) -> int:
+        """Clusters of `size` blocks that fit on the GPU at once."""
+        count, how = ctypes.c_int(), self._how(size, size, False, None)
+        _check(_driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self._function, ctypes.byref(how)))
+        return count.value
+
+    def _how(self, blocks: int, size: int, chained: bool, stream: int | None) -> "_Launch":
+        attributes = (_Attribute * 2)()
+        attributes[0].kind, attributes[0].value[:3] = _CLUSTER_DIMENSION, (size, 1, 1)
+        attributes[1].kind, attributes[1].value[0] = _PROGRAMMATIC_SERIALIZATION, 1
+        return _Launch(blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, stream, attributes, 2 if chained else 1)
+
+    def launch_clusters(self, count: int, size: int, parameter: ctypes.Structure, chained: bool) -> None:
+        """On torch's stream, in clusters of `size` blocks; `chained`: before the kernels ahead are done.
+
+        Raises `CudaUnavailableError` where it is refused.
+        """
+        how = self._how(count * size, size, chained, torch.cuda.current_stream().cuda_stream)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameter))
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(how), self._function, pointers, None))
+
     def launch(self, blocks: int, parameter: ctypes.Structure) -> None:
         """On torch's stream, all blocks at once or not at all. Raises `CudaUnavailableError` where it is refused."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameter))
@@ -58,14 +80,36 @@ class Kernel:
         ))  # fmt: skip
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = [("kind", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint32 * 16)]
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("blocks", "y", "z", "threads", "ty", "tz", "shared_bytes")),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
 def tensor_map(tensor: torch.Tensor, rows: int, columns: int, box: int) -> bytes:
     """For the copy engine: bfloat16 [rows, columns] at `tensor`, boxes [box, 64] swizzled by 128 bytes."""
+    return boxes(tensor.data_ptr(), (columns, rows), (columns * 2,), (64, box))
+
+
+@lru_cache(4096)
+def boxes(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    """The same for any number of dimensions, the innermost first; strides, without the innermost, are in bytes."""
     store = (ctypes.c_ubyte * 192)()
     at = (ctypes.addressof(store) + 63) // 64 * 64
-    u64s, u32s = ctypes.c_uint64 * 2, ctypes.c_uint32 * 2
+    rank = len(sizes)
+    u64s, u32s = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
     _check(_driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(at), _BFLOAT16, 2, ctypes.c_void_p(tensor.data_ptr()), u64s(columns, rows),
-        u64s(columns * 2, 0), u32s(64, box), u32s(1, 1), _PLAIN, _SWIZZLE_128, _PROMOTE_256, 0,
+        ctypes.c_void_p(at), _BFLOAT16, rank, ctypes.c_void_p(address), u64s(*sizes), u64s(*strides), u32s(*box),
+        u32s(*[1] * rank), _PLAIN, _SWIZZLE_128, _PROMOTE_256, 0,
     ))  # fmt: skip
     return ctypes.string_at(at, 128)
 
@@ -73,14 +117,7 @@ def tensor_map(tensor: torch.Tensor, rows: int, columns: int, box: int) -> bytes
 def tile_map(weight: torch.Tensor) -> bytes:
     """For the copy engine: bfloat16 [N, K] as tiles of 8 rows and 512 columns, 64 columns after 64, swizzled."""
     rows, columns = weight.shape
-    store = (ctypes.c_ubyte * 192)()
-    at = (ctypes.addressof(store) + 63) // 64 * 64
-    u64s, u32s = ctypes.c_uint64 * 3, ctypes.c_uint32 * 3
-    _check(_driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(at), _BFLOAT16, 3, ctypes.c_void_p(weight.data_ptr()), u64s(64, rows, columns // 64),
-        u64s(columns * 2, 128, 0), u32s(64, 8, 8), u32s(1, 1, 1), _PLAIN, _SWIZZLE_128, _PROMOTE_256, 0,
-    ))  # fmt: skip
-    return ctypes.string_at(at, 128)
+    return boxes(weight.data_ptr(), (64, rows, columns // 64), (columns * 2, 128), (64, 8, 8))
 
 
 def _check(error: int) -> None:

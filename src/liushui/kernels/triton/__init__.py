@@ -8,5 +8,6 @@ No kernel's order of sums depends on the batch:
   length from its own start, splits are merged in order. Who computes a split, and how many queries share its tile, is
   free: a tile a query does not see adds exact zeros.
 - products: one fp32 accumulator, K ascending. Own kernels keep that order by construction, the vendor's product is
-  used where a certificate taken on this machine shows that it does (`vendor`).
+  used where a certificate taken on this machine shows that it does (`vendor`), and `cuda.gemm`'s where it also is the
+  faster one (`wide`).
 """

@@ -1,5 +1,6 @@
 """`Ops` on an NVIDIA GPU."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from liushui.kernels.ops import PackedLinear
 from liushui.kernels.quantised import Quantised
-from liushui.kernels.triton import attention, cache, common, products, rotate, rows, sampling, vendor
+from liushui.kernels.triton import attention, cache, common, products, rotate, rows, sampling, vendor, wide
 
 _FUSED_NORM = 2048
 """Longest row whose norm is formed within the product: each program forms it again."""
@@ -31,6 +32,12 @@ class TritonOps:
         self.weights: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
         """One of each shape, with its bias, but for heads."""
         self.certificates: dict[tuple[int, int, torch.dtype, bool], vendor.Certificate] = {}
+        self.forms = wide.Forms(device)
+        self.together: dict[tuple[int, int, torch.dtype], dict[int, vendor.Product | None]] = {}
+        """What serves each row count of a weight shape with its activation: None, two kernels."""
+        self.untried: list[wide.Untried] = []
+        """What forms were not tried for yet; the first to be tried at the end."""
+        self._changed: set[int] = set()
         # The vendor's products must not round partial sums to 16 bits: the certificates would refuse them all.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -91,12 +98,33 @@ class TritonOps:
         return PackedLinear(weight, weight.shape[0], weight.shape[1], weight.dtype, "triton")
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
-        weight, rows = packed.data, x.shape[0]
+        return self._product(x.shape[0], packed.data, bias)(x, packed.data, bias)
+
+    def _product(self, rows: int, weight: Tensor, bias: Tensor | None) -> vendor.Product:
+        """What serves."""
         if not products.own_is_faster(rows, *weight.shape):
-            vendors = self.choose(rows, weight, bias)
-            if vendors is not None:
-                return vendors(x, weight, bias)
-        return products.product(x, weight, bias, self.chained)
+            certificate = self.certificate(weight, bias)
+            if rows not in certificate.choices and bias is None and self.forms.wanted(rows, weight):
+                self.untried.append(wide.Untried(certificate.choices, rows, weight))
+            chosen = self.choose(rows, weight, bias)
+            if chosen is not None:
+                return chosen
+        return vendor.Own(self.chained)
+
+    def linear_then(
+        self, x: Tensor, packed: PackedLinear, bias: Tensor | None, activation: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """`activation(linear(x))`, in one kernel where that is faster."""
+        weight, count = packed.data, x.shape[0]
+        if bias is None and activation == self.silu_mul:
+            choices = self.together.setdefault((*weight.shape, weight.dtype), {})
+            if count not in choices:
+                choices[count] = None
+                if self.forms.wanted(count, weight, True):  # tried after the product alone
+                    self.untried.insert(0, wide.Untried(choices, count, weight, True))
+            if (one := choices[count]) is not None:
+                return one(x, weight, None)
+        return activation(self.linear(x, packed, bias))
 
     def embed(self, ids: Tensor, packed: PackedLinear, dtype: torch.dtype) -> Tensor:
         """Of `dtype`, as the weight is; an id of -1 - place stands for `feed`'s."""
@@ -137,12 +165,44 @@ class TritonOps:
         tenth of a second. False: nothing is left."""
         return any(found.try_others() for found in self.certificates.values())
 
+    def try_forms(self) -> set[int]:
+        """Try own products for many rows, once they are compiled, as `try_others` does.
+
+        Returns the row counts that other kernels serve from now on, all together when nothing is left to be tried.
+        """
+        if not self.untried:
+            return set()
+        last = self.untried[-1]
+        rows, weight = last.rows, last.weight
+        own: vendor.Product = vendor.Own(self.chained)
+        found = self.forms.products(rows, weight, wide.Separate(own, self.silu_mul) if last.gated else own, last.gated)
+        if found is None or self.certificate(weight, None).try_others(rows):  # the vendor's before them
+            return set()
+        self.untried.pop()
+        current, then = self._product(rows, weight, None), self.silu_mul if last.gated else None
+        if then is not None:
+            current = wide.Separate(current, then)
+        chosen = vendor.better(current, found, rows, weight, then) if found else current
+        if chosen is not current:
+            last.choices[rows] = chosen
+            self._changed.add(rows)
+        changed = set() if self.untried else self._changed
+        self._changed = self._changed - changed
+        return changed
+
     def report(self) -> list[str]:
         """One line for each weight shape: which row counts the vendor's product serves."""
-        return [
+        lines = [
             f"product {n} x {k}{' + bias' if biased else ''}: {found.describe()}"
             for (n, k, _, biased), found in self.certificates.items()
+            if found.choices
         ]
+        together = [
+            f"product {n} x {k} with its activation in one kernel: {rows}"
+            for (n, k, _), choices in self.together.items()
+            if (rows := ", ".join(str(count) for count, one in sorted(choices.items()) if one is not None))
+        ]  # fmt: skip
+        return [*lines, *together, *self.forms.report()]
 
 
 def _warp_roles(device: torch.device) -> Any:

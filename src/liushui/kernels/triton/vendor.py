@@ -10,7 +10,7 @@ loaded. Where it cannot be had, there is the first choice alone.
 
 import ctypes
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -37,6 +37,8 @@ _TRIAL_ROWS = 64
 _SAMPLE_ROWS = 256
 _CACHE_BYTES = 2**27
 """Written before each timed product, so that its weights come from memory, as they do in a step."""
+_HEAD_START = 4
+"""Times that it is written, a fifth of a millisecond: the host is to be ahead of the device when that is timed."""
 _ALIGNED = 256
 """Bytes: what cuBLASLt's offers take for granted of addresses; torch's allocations begin so."""
 # Of cublasLt.h, library_types.h and cublas_api.h.
@@ -150,27 +152,30 @@ class Certificate:
     def product(
         self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None, chained: bool = False
     ) -> Product | None:
-        """The vendor's product that serves, chosen at the first use of a row count of `products.BUCKETS`."""
+        """The product that serves, chosen at the first use of a row count of `products.BUCKETS`."""
         if rows not in self.choices:
             if rows not in _BUCKETS:
                 self.choices[rows] = None
             elif bias is None and first_choice_serves(rows, weight):
-                self.choices[rows], self.untried[rows] = F.linear, (weight, chained)
+                self.choices[rows] = F.linear
+                if len(weight) <= TRIED_OUTPUTS:
+                    self.untried[rows] = weight, chained
             else:
                 self.choices[rows] = choose(rows, weight, bias, chained)
         return self.choices[rows]
 
-    def try_others(self) -> bool:
+    def try_others(self, rows: int | None = None) -> bool:
         """Time what a first use, which somebody waits for, left out: for one row count. False: nothing is left."""
-        if not self.untried:
+        if not self.untried or (rows is not None and rows not in self.untried):
             return False
-        rows, (weight, chained) = self.untried.popitem()
-        self.choices[rows] = choose(rows, weight, None, chained)
+        rows = next(reversed(self.untried)) if rows is None else rows
+        weight, chained = self.untried.pop(rows)
+        self.choices[rows] = choose(rows, weight, None, chained, self.choices[rows])
         return True
 
     def describe(self) -> str:
         """Row counts seen, as "vendor 96, 256; vendor's other algorithm 128; own 48"."""
-        kinds = ("vendor", "vendor's other algorithm", "own")
+        kinds = ("vendor", "vendor's other algorithm", "own for many rows", "own")
         seen = sorted(self.choices.items())
         groups = {name: [rows for rows, choice in seen if _kind(choice) == name] for name in kinds}
         return "; ".join(f"{name} {', '.join(map(str, rows))}" for name, rows in groups.items() if rows)
@@ -182,7 +187,7 @@ _BUCKETS = frozenset(products.BUCKETS)
 def _kind(choice: Product | None) -> str:
     if isinstance(choice, Algorithm):
         return "vendor's other algorithm"
-    return "own" if choice is None else "vendor"
+    return "own" if choice is None else "vendor" if choice is F.linear else "own for many rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +201,20 @@ class Own:
 
 
 class Trial:
-    """Sums that cancel, and what the own kernel makes of them."""
+    """Sums that cancel, for one weight shape and row count, and what the own kernel makes of them."""
 
-    def __init__(self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None,
+        then: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """`then`: of the product, within what is tried. Raises `torch.OutOfMemoryError`."""
         few, self.weight, self.bias = cancelling(min(rows, _TRIAL_ROWS), weight, bias)
         self.x = few.repeat(-(-rows // _TRIAL_ROWS), 1)[:rows].contiguous()
         parts = [slice(start, start + _SAMPLE_ROWS) for start in {0, max(0, rows - _SAMPLE_ROWS)}]
         tiles = products.reference_tiles(weight)
         self.wanted = [(part, products.product(self.x[part], self.weight, self.bias, False, tiles)) for part in parts]
+        if then is not None:
+            self.wanted = [(part, then(y)) for part, y in self.wanted]
 
     def keeps_order(self, candidate: Product) -> bool:
         """Of all rows where there are few, of the first and last where many."""
@@ -215,10 +226,14 @@ class Trial:
             return False
         return all(torch.equal(got[part], expected) for part, expected in self.wanted)
 
+    def fastest(self, candidates: list[Product]) -> Product:
+        """The fastest on the device; the first, unless another gains something."""
+        return _fastest(candidates, self.x, self.weight, self.bias)
+
 
 def first_choice_serves(rows: int, weight: torch.Tensor) -> bool:
-    """Whether the vendor's first choice keeps the order of sums, for a weight whose other algorithms can wait."""
-    if rows <= OWN_ROWS or weight.shape[0] > TRIED_OUTPUTS:
+    """Whether the vendor's first choice keeps the order of sums, for a weight whose other products can wait."""
+    if rows <= OWN_ROWS:
         return False
     try:
         return Trial(rows, weight, None).keeps_order(F.linear)
@@ -226,10 +241,28 @@ def first_choice_serves(rows: int, weight: torch.Tensor) -> bool:
         return False
 
 
-def choose(rows: int, weight: torch.Tensor, bias: torch.Tensor | None, chained: bool = False) -> Product | None:
+def better(
+    current: Product, others: Sequence[Product], rows: int, weight: torch.Tensor,
+    then: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Product:  # fmt: skip
+    """The fastest of `current`, which serves, and of `others` that keep the order of sums.
+
+    `then`: of the product, within them. `current` also where there is no memory for the trial.
+    """
+    try:
+        trial = Trial(rows, weight, None, then)
+        kept = [candidate for candidate in others if trial.keeps_order(candidate)]
+        return trial.fastest([current, *kept]) if kept else current
+    except torch.OutOfMemoryError:
+        return current
+
+
+def choose(
+    rows: int, weight: torch.Tensor, bias: torch.Tensor | None, chained: bool = False, otherwise: Product | None = None
+) -> Product | None:
     """The fastest of the vendor's products that keep the order of sums; None where the own kernel is to serve.
 
-    Also where there is no memory for the trial.
+    `otherwise`: where there is no memory for the trial.
     """
     try:
         trial = Trial(rows, weight, bias)
@@ -237,10 +270,10 @@ def choose(rows: int, weight: torch.Tensor, bias: torch.Tensor | None, chained: 
         kept += [candidate for candidate in _algorithms(rows, weight, bias) if trial.keeps_order(candidate)]
         if kept and F.linear not in kept and rows <= OWN_ROWS:
             kept.insert(0, Own(chained))
-        chosen = _fastest(kept, trial.x, trial.weight, trial.bias) if len(kept) > 1 else next(iter(kept), None)
+        chosen = trial.fastest(kept) if len(kept) > 1 else next(iter(kept), None)
         return None if isinstance(chosen, Own) else chosen
     except torch.OutOfMemoryError:
-        return None
+        return otherwise
 
 
 def _algorithms(rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> list[Algorithm]:
@@ -258,7 +291,8 @@ def _fastest(candidates: list[Product], x: torch.Tensor, weight: torch.Tensor, b
 
     def milliseconds(candidate: Product) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cache.zero_()
+        for _ in range(_HEAD_START):
+            cache.zero_()
         start.record()
         candidate(x, weight, bias)
         end.record()
