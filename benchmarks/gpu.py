@@ -127,9 +127,6 @@ class Bench:
         self.config = EngineConfig(**(options | settings)).validate()
         self.runner = Runner.load(self.config, checkpoint)
         torch.cuda.synchronize()
-        compiled = getattr(self.runner.steps, "_settles", None)
-        if compiled is not None:  # what is compiled behind the first tokens is not measured
-            compiled.wait()
         self.costs = Costs(config, checkpoint.bytes(), bandwidth, rate)
         self.vocab = config["vocab_size"]
         self.names = 0
@@ -152,6 +149,8 @@ class Bench:
         answers: dict[str, Any] = {request.request_id: ([], []) for request in requests}
         for request in requests:
             scheduler.add(Sequence(request))
+        if cost and self.runner.steps is not None:  # what is compiled and tried behind earlier steps is not measured
+            self.runner.steps.finish()
         torch.cuda.synchronize()
         start = time.perf_counter()
         while scheduler.has_work:
