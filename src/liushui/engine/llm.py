@@ -252,9 +252,7 @@ class LLM:
                         mine.discard(output.request_id)
                     yield output
                 if mine or more:
-                    self._step()
-                    if after_step is not None:
-                        after_step()
+                    self._step(box, more, after_step)
             if failure is not None:
                 raise failure
         finally:
@@ -276,12 +274,20 @@ class LLM:
             mine.discard(request_id)
             box.append(refused(error, request_id=request_id, index=item.index, prompt=item.prompt))
 
-    def _step(self) -> None:
-        with self._lock, deferred_interrupt():
-            for output in self.engine.step():
-                self._mail.get(output.request_id, self.unclaimed).append(output)
-                if isinstance(output, RequestOutput):
-                    self._mail.pop(output.request_id, None)
+    def _step(self, box: deque[EngineOutput], once: bool, after_step: Callable[[], None] | None) -> None:
+        """One step, or as many as it takes until there is something in `box`: Ctrl-C is deferred once for all of them,
+        since code that no cache holds between two steps makes them wait."""
+        with deferred_interrupt() as interrupt:
+            while True:
+                with self._lock:
+                    for output in self.engine.step():
+                        self._mail.get(output.request_id, self.unclaimed).append(output)
+                        if isinstance(output, RequestOutput):
+                            self._mail.pop(output.request_id, None)
+                if after_step is not None:
+                    after_step()
+                if once or box or interrupt.asked:
+                    return
 
     def _leave(self, unfinished: set[str]) -> None:
         """End what a call leaves behind, and do not leave a step in flight that nobody waits for."""

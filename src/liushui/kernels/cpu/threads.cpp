@@ -36,7 +36,8 @@ inline void relax() {
 struct Patience {
   std::chrono::microseconds hold, offer;
 };
-constexpr Patience kBetweenSteps = {std::chrono::microseconds(40), std::chrono::microseconds(160)};
+// Between steps of one row is half a millisecond of Python; who sleeps then is late for the next one.
+constexpr Patience kBetweenSteps = {std::chrono::microseconds(40), std::chrono::microseconds(1460)};
 constexpr Patience kWithinStep = {std::chrono::microseconds(60), std::chrono::microseconds(400)};
 constexpr Patience kCrowded = {std::chrono::microseconds(0), std::chrono::microseconds(20)};
 
@@ -237,8 +238,9 @@ class Pool {
   void work(Worker& own, int index) {
     inside = true;
     int stays = -1;
+    Patience patience = kCrowded;
     for (uint32_t seen = 0;; seen++) {
-      own.start.wait(seen, kBetweenSteps);
+      own.start.wait(seen, patience);
 #if defined(__linux__)
       if (const int cpu = place(index); cpu != stays) {
         if (cpu >= 0)
@@ -249,6 +251,7 @@ class Pool {
       }
 #endif
       body_(context_, index, count_);
+      patience = crowded_ ? kCrowded : kBetweenSteps;  // looked up while the caller waits
       if (running_.fetch_sub(1) == 1) done_.change();
     }
   }
