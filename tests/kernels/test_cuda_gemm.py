@@ -110,14 +110,16 @@ class Right:
     def __init__(self, form: Form, device: torch.device, code: bytes) -> None:
         if code == b"refused":
             raise CudaUnavailableError("no room\nfor it")
-        self.form, self.wrong = form, code == b"wrong"
+        self.form, self.wrong, self.odd = form, code == b"wrong", code == b"odd"
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if self.odd:
+            raise TypeError("not foreseen")
         y = products.product(x, weight, None, False, products.reference_tiles(weight))
         return out.copy_((row_kernels.activate(y, True, "silu", False) if self.form.gated else y) + int(self.wrong))
 
 
-@pytest.mark.parametrize("code", [b"right", b"wrong", b"refused", b"none"])
+@pytest.mark.parametrize("code", [b"right", b"wrong", b"refused", b"none", b"odd"])
 def test_a_form_serves_once_it_is_compiled_and_right(code: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     ops, compiler = TritonOps(DEVICE), Compiler()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
@@ -142,7 +144,7 @@ def test_a_form_serves_once_it_is_compiled_and_right(code: bytes, monkeypatch: p
                     future.set_result(code)
     assert not ops.untried
     assert [found for found in changed if found] == ([{128}] if code == b"right" else []), "all at once, at the end"
-    assert len(compiler.asked) == (1 if code in (b"refused", b"none") else 2), "with and without the activation"
+    assert len(compiler.asked) == (1 if code in (b"refused", b"none", b"odd") else 2), "with and without the activation"
     together, alone = ops.together[96, 64, torch.float32][128], ops.certificate(packed.data, None).choices[128]
     assert isinstance(together, wide.Candidate) == isinstance(alone, wide.Candidate) == (code == b"right")
     close(ops.linear_then(x, packed, None, ops.silu_mul), separate, 1e-6)
@@ -151,6 +153,7 @@ def test_a_form_serves_once_it_is_compiled_and_right(code: bytes, monkeypatch: p
     assert ("in one kernel: 128" in report) == (code == b"right")
     assert ("no more are tried (no room)" in report) == (code == b"refused")
     assert ("no more are tried (no compiler)" in report) == (code == b"none")
+    assert ("no more are tried (not foreseen)" in report) == (code == b"odd")
 
 
 def odd_address(weight: torch.Tensor) -> torch.Tensor:

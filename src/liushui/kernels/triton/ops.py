@@ -172,12 +172,23 @@ class TritonOps:
         """
         if not self.untried:
             return set()
-        last = self.untried[-1]
+        try:
+            ready = self._try_form(self.untried[-1])
+        except Exception as error:  # a trial ends no step: what serves goes on serving
+            self.forms.give_up(error)
+            self.untried.clear()
+            ready = True
+        changed = self._changed if ready and not self.untried else set()
+        self._changed = self._changed - changed
+        return changed
+
+    def _try_form(self, last: wide.Untried) -> bool:
+        """False: its forms are being compiled, or the vendor's other algorithms were timed before them."""
         rows, weight = last.rows, last.weight
         own: vendor.Product = vendor.Own(self.chained)
         found = self.forms.products(rows, weight, wide.Separate(own, self.silu_mul) if last.gated else own, last.gated)
-        if found is None or self.certificate(weight, None).try_others(rows):  # the vendor's before them
-            return set()
+        if found is None or self.certificate(weight, None).try_others(rows):
+            return False
         self.untried.pop()
         current, then = self._product(rows, weight, None), self.silu_mul if last.gated else None
         if then is not None:
@@ -186,9 +197,7 @@ class TritonOps:
         if chosen is not current:
             last.choices[rows] = chosen
             self._changed.add(rows)
-        changed = set() if self.untried else self._changed
-        self._changed = self._changed - changed
-        return changed
+        return True
 
     def report(self) -> list[str]:
         """One line for each weight shape: which row counts the vendor's product serves."""

@@ -105,9 +105,13 @@ class Forms:
                 if form not in self._made:
                     self._made[form] = Gemm(form, self.device, self._code[form].result())
         except Exception as error:  # no compiler, no room, the process ends: what serves goes on serving
-            self.note = (str(error) or repr(error)).splitlines()[0]
+            self.give_up(error)
             return []
         return [Candidate(self._made[form], separate) for form in wanted]
+
+    def give_up(self, error: Exception) -> None:
+        """No more are tried."""
+        self.note = (str(error) or repr(error)).splitlines()[0]
 
     def wait(self) -> None:
         """For what is being compiled."""
