@@ -1,12 +1,14 @@
 """A step in one native call: bit for bit what the operations called one by one give, and the same tokens."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from liushui.core.plan import PlanItem, StepPlan
 from liushui.core.request import SamplingParams
 from liushui.kernels.native_step import PARTS
 from liushui.kernels.ops import load_ops
@@ -122,6 +124,52 @@ def test_many_rows_in_blocks() -> None:
             driver.add(str(i), _prompt(130, i), GREEDY)
         results.append([driver.step({str(i): 130 for i in range(5)}), driver.step({str(i): 1 for i in range(5)})])
     assert [r.tokens for r in results[0]] == [r.tokens for r in results[1]]
+
+
+def test_sequences_come_and_go_between_steps_of_one_token_each() -> None:
+    """Rows change places and tables grow; what was written for one step must not be read as another's."""
+    runners = _pair("llama-tied", threads=2)
+    assert runners[0].host.decode is not None
+    answers = []
+    for runner in runners:
+        driver, random = tiny.Driver(runner), Random(1)
+        for i in range(8):
+            driver.add(str(i), _prompt(5 + 9 * i, i), GREEDY)
+        answers.append([driver.step({str(i): 5 + 9 * i for i in range(8)}).tokens])
+        for _ in range(60):
+            names = random.sample(range(8), random.choice((1, 1, 2, 5, 8)))
+            answers[-1].append(driver.step({str(i): 1 for i in names}).tokens)
+    assert answers[0] == answers[1]
+
+
+def test_a_step_of_tokens_in_flight_feeds_what_was_chosen_last() -> None:
+    runner = tiny.runner(tiny.oracle("llama-tied", 7))
+    driver = tiny.Driver(runner)
+    driver.add("a", _prompt(9, 1), GREEDY)
+    first = driver.step({"a": 9}).tokens["a"][0]
+    known = PlanItem("a", 0, 9, 1, (first,), tuple(driver.tables["a"]), True)
+    results = [runner.execute(StepPlan(1, (item,))).result().tokens for item in (replace(known, token_ids=()), known)]
+    runner.host.last_tokens["a"] = first
+    results.append(runner.execute(StepPlan(2, (replace(known, token_ids=()),))).result().tokens)
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize(
+    ("token", "start", "table"), [(10**6, 0, (0,)), (-1, 0, (0,)), (1, 16, (0,)), (1, 0, (10**8,)), (1, 10**8, ())]
+)
+def test_decoding_refuses_what_is_out_of_range(token: int, start: int, table: tuple[int, ...]) -> None:
+    runner = tiny.runner(tiny.oracle("llama-tied", 7))
+    decode = runner.host.decode
+    assert decode is not None
+    good = decode([5], [0], [(0,)])
+    with pytest.raises(IndexError):
+        decode([token], [start], [table])
+    assert decode([5], [0], [(0,)]) == good
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_tables_that_are_not_packed_or_scaled_are_looked_up_apart(family: str) -> None:
+    assert tiny.runner(tiny.oracle(family)).host.decode is None
 
 
 def test_the_smallest_of_equal_logits_is_taken_and_spoiled_rows_are_told() -> None:

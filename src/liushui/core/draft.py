@@ -60,7 +60,7 @@ class Draft:
                 start,
                 num_tokens,
                 tuple(seq.token_ids[start:end]),
-                tuple(seq.block_table),
+                seq.block_table,
                 samples,
             )
         )

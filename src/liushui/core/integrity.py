@@ -35,7 +35,7 @@ def check_scheduler(scheduler: "Scheduler") -> None:
     for plan in s._plans:
         for item in plan.items:
             table = s._sequences[item.seq_id].block_table[: len(item.block_table)]
-            _require(table == [*item.block_table], f"step {plan.step_id} in flight names blocks {item.seq_id} lost")
+            _require(table == item.block_table, f"step {plan.step_id} in flight names blocks {item.seq_id} lost")
 
 
 def _check_sequence(seq: Sequence, block_size: int, num_plans: int, num_sampled: int) -> None:

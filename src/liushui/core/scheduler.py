@@ -295,7 +295,7 @@ class Scheduler:
         table = self.pool.acquire(self.pool.blocks_for(seq.num_known) - len(hits), hits, spare)
         if table is None:
             return False
-        seq.block_table = table
+        seq.block_table = tuple(table)
         seq.num_published = len(hits)
         seq.num_computed = len(hits) * self.pool.block_size
         self.num_hit_tokens += seq.num_computed
@@ -327,10 +327,10 @@ class Scheduler:
                 return False
             self._preempt(victim)
             draft.returning = None
-        seq.block_table += block
+        seq.block_table += tuple(block)
         return True
 
-    def _leaving_tables(self) -> list[list[int]]:
+    def _leaving_tables(self) -> list[tuple[int, ...]]:
         """Block tables that come back with the plans in flight: of those who are out of the batch but still named
         by plans, and of those whose last token is on its way."""
         named = {item.seq_id for plan in self._plans for item in plan.items}
@@ -386,7 +386,7 @@ class Scheduler:
         if seq.num_in_flight:
             return
         self.pool.release(seq.block_table)
-        seq.block_table = []
+        seq.block_table = ()
         seq.num_computed = 0
         if seq.status is Status.HELD:
             return

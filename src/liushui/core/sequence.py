@@ -74,7 +74,7 @@ class Sequence:
         self.num_computed = 0
         self.num_in_flight = 0
         """Plans in flight that name it. Until this is 0, its slot and its blocks are not given to others."""
-        self.block_table: list[int] = []
+        self.block_table: tuple[int, ...] = ()
         self.num_published = 0
         """Blocks of the table that are published, or equal to a published one."""
         self.prefixes = [Prefix.root(request.cache_salt)]

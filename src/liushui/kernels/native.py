@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from liushui.errors import ParameterError
 from liushui.kernels.arrays import type_name
+from liushui.kernels.native_decode import NativeDecode
 from liushui.kernels.native_linear import BLOCK_TYPES, NativeProducts
 from liushui.kernels.native_step import DecoderParts, NativeStep, fits
 from liushui.kernels.ops import PackedLinear
@@ -139,6 +140,11 @@ class NativeOps:
         keys, values [num_layers, num_blocks, Hk, block_size, D]; scales [num_layers, num_blocks, Hk, block_size].
         """
         return NativeStep(_library(), self.isa, self.threads, parts, keys, values, scales) if fits(parts) else None
+
+    def decode(self, step: NativeStep, table: PackedLinear, dtype: torch.dtype) -> NativeDecode | None:
+        """The same for sequences that are fed one token each, whose rows are those of `table` in `dtype`; None where
+        the step takes another type."""
+        return NativeDecode(step, self.products, table) if type_name(dtype) == step.parts.dtype else None
 
     def _function(self, library: ctypes.CDLL, name: str) -> Any:
         function = library[f"liushui_{name}_{self.isa}"]  # an own object, not the shared attribute

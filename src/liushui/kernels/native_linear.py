@@ -8,7 +8,7 @@ multiplied as bfloat16 instead: the product then has the bits of bfloat16 weight
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_int, c_int32, c_int64, c_long, c_void_p
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -211,6 +211,18 @@ class NativeProducts:
         if wrong:
             raise IndexError("embed: an id is outside the table")
         return out
+
+    def embedding(self, packed: PackedLinear, dtype: str, ids: int, out: int) -> Callable[[int], None]:
+        """A function of T that does what `embed` does in memory that stays: from the T ids, int64, at address `ids` to
+        the rows [T, K] at `out`."""
+        record, kind, width = c_void_p(self._known(packed).address), _TYPES[dtype], packed.in_features
+        embed, threads, source, target = self._embed, self.threads, c_void_p(ids), c_void_p(out)
+
+        def run(count: int) -> None:
+            if embed(threads, record, source, count, target, kind, width):
+                raise IndexError("embed: an id is outside the table")
+
+        return run
 
     def _known(self, packed: PackedLinear) -> NativeLinear:
         if not isinstance(packed, NativeLinear) or not packed.kind.startswith(self._layout):

@@ -110,7 +110,9 @@ class _Model(ctypes.Structure):
     ]
 
 
-class _Batch(ctypes.Structure):
+class StepBatch(ctypes.Structure):
+    """Of step.h."""
+
     _fields_ = [
         *[(name, c_void_p) for name in ("x", "positions", "slots", "query_start", "seq_lens", "block_table")],
         *[(name, c_void_p) for name in ("wanted", "hidden", "tokens", "memory")],
@@ -140,9 +142,9 @@ class NativeStep:
         for scale in scales or ():
             _check(scale, "float32", *keys.shape[:-1])
         self._run, self._bytes = library[f"liushui_step_{isa}"], library[f"liushui_step_bytes_{isa}"]
-        self._run.argtypes, self._run.restype = [c_int, POINTER(_Model), POINTER(_Batch)], c_int
+        self._run.argtypes, self._run.restype = [c_int, POINTER(_Model), POINTER(StepBatch)], c_int
         self._bytes.argtypes, self._bytes.restype = [POINTER(_Model), c_long, c_long, c_int], c_size_t
-        self.threads, self.parts = threads, parts
+        self.threads, self.parts, self.block_size = threads, parts, int(keys.shape[3])
         self._kept = (keys, values, scales)  # what the structures point into
         caches = [keys, values, *(scales or ())]
         self._layers = (_Layer * len(parts.layers))(
@@ -152,10 +154,12 @@ class NativeStep:
             layers=ctypes.addressof(self._layers), norm=parts.norm.data_ptr(), head=parts.head, hidden=parts.hidden,
             inner=parts.inner, num_blocks=keys.shape[1], type=int(parts.dtype == "bfloat16"),
             num_layers=len(parts.layers), num_heads=parts.num_heads, num_kv_heads=parts.num_kv_heads,
-            head_dim=parts.head_dim, block_size=keys.shape[3], norm_eps=parts.norm_eps,
+            head_dim=parts.head_dim, block_size=self.block_size, norm_eps=parts.norm_eps,
             residual_scale=parts.residual_scale, logits_divisor=parts.logits_divisor,
         )  # fmt: skip
-        self._batch = _Batch()
+        self._at_model = byref(self._model)
+        self._batch = StepBatch()
+        self._batches = [self._batch]
         self._capacity = (0, 0)
         self._memory = Array.empty((0,), "uint8")
         self._tokens = Array.empty((0,), "int32")
@@ -165,7 +169,8 @@ class NativeStep:
     def watch(self) -> None:
         """Measure every step from now on, from zero: some clock readings a layer for each thread."""
         self._times = np.zeros((self.threads, len(PARTS), 2), np.int64)
-        self._batch.times = self._times.ctypes.data
+        for batch in self._batches:
+            batch.times = self._times.ctypes.data
         self._watched = (0, 0, 0.0)
 
     def times(self) -> StepTimes:
@@ -176,12 +181,21 @@ class NativeStep:
 
     def reserve(self, rows: int, num_tokens: int) -> None:
         """Work space for steps of up to `rows` rows that choose up to `num_tokens` tokens."""
+        if rows <= self._capacity[0] and num_tokens <= self._capacity[1]:
+            return
         rows, num_tokens = max(rows, self._capacity[0]), max(num_tokens, self._capacity[1])
         size = self._bytes(byref(self._model), rows, num_tokens, self.threads)
         self._memory, self._tokens = Array.empty((size + 63,), "uint8"), Array.empty((num_tokens,), "int32")
         start = self._memory.data_ptr()
-        self._batch.memory, self._batch.tokens = start + -start % 64, self._tokens.data_ptr()
+        for batch in self._batches:
+            batch.memory = start + -start % 64
+        self._batch.tokens = self._tokens.data_ptr()
         self._capacity = rows, num_tokens
+
+    def new_batch(self) -> StepBatch:
+        """An empty batch, to be given to `run`, that knows its work space now and after each `reserve`."""
+        self._batches.append(StepBatch(memory=self._batch.memory, times=self._batch.times))
+        return self._batches[-1]
 
     def __call__(
         self,
@@ -201,8 +215,7 @@ class NativeStep:
         `IndexError` for indices out of range.
         """
         rows, batch = x.shape[0], self._batch
-        if rows > self._capacity[0] or num_tokens > self._capacity[1]:
-            self.reserve(rows, num_tokens)
+        self.reserve(rows, num_tokens)
         _check(x, self.parts.dtype, rows, self.parts.hidden)
         _check(positions, "int32", rows)
         _check(slots, "int32", rows)
@@ -217,14 +230,20 @@ class NativeStep:
         batch.block_table, batch.wanted, batch.hidden = block_table.data_ptr(), wanted.data_ptr(), hidden.data_ptr()
         batch.rows, batch.num_wanted, batch.num_tokens = rows, wanted.numel(), num_tokens
         batch.num_sequences, batch.max_blocks = sequences, max_blocks
-        start = time.perf_counter()
-        wrong = self._run(self.threads, byref(self._model), byref(batch))
-        if self._times is not None:
+        self.run(byref(batch), rows)
+        return hidden, self._tokens.values[:num_tokens].tolist()
+
+    def run(self, batch: Any, rows: int) -> None:
+        """The step itself. `batch`: byref of a `StepBatch` that has `rows` rows. Raises `IndexError`."""
+        if self._times is None:
+            wrong = self._run(self.threads, self._at_model, batch)
+        else:
+            start = time.perf_counter()
+            wrong = self._run(self.threads, self._at_model, batch)
             steps, total, seconds = self._watched
             self._watched = steps + 1, total + rows, seconds + time.perf_counter() - start
         if wrong:
             raise IndexError("step: rows, positions, slots or blocks point outside the batch, the tables or the cache")
-        return hidden, self._tokens.values[:num_tokens].tolist()
 
 
 def _check(x: Tensor, dtype: str, *shape: int) -> None:

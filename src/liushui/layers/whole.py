@@ -5,7 +5,7 @@ from typing import Any
 
 from liushui.kernels.arrays import type_name
 from liushui.kernels.native_step import DecoderParts, LayerParts
-from liushui.kernels.policy import OpsLinear
+from liushui.kernels.policy import OpsLinear, PackedTable
 from liushui.layers.attention import Attention
 from liushui.layers.blocks import DecoderLayer, GatedMLP, RMSNorm, Scale, Then
 from liushui.layers.decoder import Decoder
@@ -30,6 +30,12 @@ def take_apart(model: Any, address: Address) -> DecoderParts | None:
         type_name(model.norm.weight.dtype), c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim,
         layers, model.norm.weight, model.norm.eps, head, scales.pop(), model.logits_divisor,
     )  # fmt: skip
+
+
+def embedding_of(model: Any) -> PackedTable | None:
+    """The table whose rows are all that a decoder makes of token ids, if it is a packed one."""
+    plain = isinstance(model, Decoder) and type(model).embed is Decoder.embed
+    return model.embedding if plain and isinstance(model.embedding, PackedTable) else None
 
 
 def _layer(layer: DecoderLayer, address: Address) -> tuple[LayerParts | None, float]:

@@ -14,10 +14,11 @@ import numpy as np
 
 from liushui.core.plan import PlanItem, StepPlan, StepResult, TokenLogprobs
 from liushui.kernels.arrays import Array
+from liushui.kernels.native_decode import NativeDecode
 from liushui.kernels.native_step import NativeStep
 from liushui.kernels.ops import Ops
 from liushui.layers.batch import BatchTensors, KVCache
-from liushui.layers.whole import take_apart
+from liushui.layers.whole import embedding_of, take_apart
 from liushui.models.registry import Model
 from liushui.runner.batch import Wrap, pack
 from liushui.runner.fresh import Fresh
@@ -42,11 +43,21 @@ def whole_step(model: Model, ops: Ops, kv: KVCache) -> NativeStep | None:
     return step
 
 
+def decode_step(model: Model, ops: Ops, step: NativeStep | None) -> NativeDecode | None:
+    """The same from token ids to token ids, where a plain table turns ids into rows; None: in two calls."""
+    table = embedding_of(model)
+    if step is None or table is None:
+        return None
+    decode: NativeDecode | None = ops.decode(step, table.packed, table.dtype)  # type: ignore[attr-defined]
+    return decode
+
+
 class HostSteps:
     """Runs plans here. Keeps the newest token of each sequence, for plans made before it was known."""
 
     def __init__(self, model: Model, kv: KVCache, block_size: int, whole: NativeStep | None = None) -> None:
         self.built, self.kv, self.block_size, self.whole = model, kv, block_size, whole
+        self.decode: NativeDecode | None = None
         self.last_tokens: dict[str, int] = {}
         self.wrap: Wrap | None = Array if isinstance(kv.keys, Array) else None
         self.fresh: Fresh | None = None
@@ -60,6 +71,7 @@ class HostSteps:
         self.whole = whole_step(self.built, ops, self.kv)
         if self.whole is not None:
             self.whole.reserve(rows, sequences)
+        self.decode = decode_step(self.built, ops, self.whole)
 
     def forget(self, seq_id: str) -> None:
         self.last_tokens.pop(seq_id, None)
@@ -68,9 +80,11 @@ class HostSteps:
         """One step of `model`: the one that was built, or one that watches it."""
         if self.fresh is not None:
             self.fresh.used(max((item.block_table[-1] for item in plan.items), default=0))
+        watched = self.whole is None or model is not self.built
+        if self.decode is not None and not watched and _only_decodes(plan.items, states):
+            return self._decode(self.decode, plan.items, states)
         packed = pack(plan, self.block_size, self.last_tokens, self.wrap)
         ends = packed.query_start.tolist()
-        watched = self.whole is None or model is not self.built
         likely, sampling, asked = self._sort(plan, states, ends, watched)
         best: list[int] = []
         if watched or self.whole is None:
@@ -89,6 +103,14 @@ class HostSteps:
         }
         result = self._choose((*likely, *sampling), states, model, hidden, places, best)
         return StepResult(result.tokens, result.logprobs, prompts, result.errors)
+
+    def _decode(
+        self, decode: NativeDecode, items: Sequence[PlanItem], states: Mapping[str, SequenceState]
+    ) -> StepResult:
+        ids = [item.token_ids[0] if item.token_ids else self.last_tokens[item.seq_id] for item in items]
+        best = decode(ids, [item.start for item in items], [item.block_table for item in items])
+        tokens, errors = self._learn(items, best, states)
+        return StepResult(tokens, errors=errors)
 
     def _sort(
         self, plan: StepPlan, states: Mapping[str, SequenceState], ends: list[int], watched: bool
@@ -131,9 +153,7 @@ class HostSteps:
         best: list[int],
     ) -> StepResult:
         """The next token of each (item, its last row); those of the first items may be known already."""
-        tokens: dict[str, tuple[int, ...]] = {}
         logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
-        errors: dict[str, str] = {}
         chosen, raw, known = list(best), {}, len(best)
         left = items[known:]
         if left:
@@ -143,18 +163,29 @@ class HostSteps:
             raw = {r: logits[r] + 0 for r, row in enumerate(rows) if row.state.new.sampling.logprobs is not None}
             drawn, finite = sample(logits, rows)
             chosen += [token if right else -1 for token, right in zip(drawn, finite, strict=True)]
-        for i, ((item, _), token) in enumerate(zip(items, chosen, strict=True)):
+        for r, line in raw.items():
+            (item, _), token = left[r], chosen[known + r]
+            if token >= 0:
+                state = states[item.seq_id]
+                logprobs[item.seq_id] = (token_logprobs(line, token, state.new.sampling.logprobs or 0),)
+        tokens, errors = self._learn([item for item, _ in items], chosen, states)
+        return StepResult(tokens, logprobs, errors=errors)
+
+    def _learn(
+        self, items: Sequence[PlanItem], chosen: Sequence[int], states: Mapping[str, SequenceState]
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+        """Tokens and errors of a step that chose these; -1: nothing finite to choose from."""
+        tokens: dict[str, tuple[int, ...]] = {}
+        errors: dict[str, str] = {}
+        for item, token in zip(items, chosen, strict=True):
             seq_id = item.seq_id
             if token < 0:
                 errors[seq_id] = NOT_FINITE
                 continue
             tokens[seq_id] = (token,)
-            state = states[seq_id]
-            if raw and (line := raw.get(i - known)) is not None:
-                logprobs[seq_id] = (token_logprobs(line, token, state.new.sampling.logprobs or 0),)
-            state.append(token)
+            states[seq_id].append(token)
             self.last_tokens[seq_id] = token
-        return StepResult(tokens, logprobs, errors=errors)
+        return tokens, errors
 
     def _logits(self, model: Model, hidden: Any, rows: Sequence[int]) -> Any:
         """[R, vocab] float32 of those rows of the hidden states, numpy's or torch's as they are."""
@@ -181,3 +212,11 @@ class HostSteps:
             for position, line in zip(range(begin, end), logits, strict=True):
                 found.append((position + 1, token_logprobs(line, new.prompt_token_ids[position + 1], top)))
         return found
+
+
+def _only_decodes(items: Sequence[PlanItem], states: Mapping[str, SequenceState]) -> bool:
+    """Whether every sequence is fed one token and just wants the most likely next one."""
+    for item in items:
+        if item.num_tokens != 1 or not item.samples or not states[item.seq_id].wants_most_likely:
+            return False
+    return bool(items)

@@ -11,7 +11,7 @@ from liushui.core.plan import NewSequence
 class SequenceState:
     """Sampling state of one sequence; survives preemption."""
 
-    __slots__ = ("_plain", "counts", "last_token", "new", "num_generated", "prompt_ids")
+    __slots__ = ("_plain", "_stops_from", "counts", "last_token", "new", "num_generated", "prompt_ids")
 
     def __init__(self, new: NewSequence) -> None:
         self.new = new
@@ -22,12 +22,13 @@ class SequenceState:
         self.counts: Counter[int] | None = Counter() if penalised else None
         self.prompt_ids = np.unique(np.array(new.prompt_token_ids, np.int64)) if s.repetition_penalty != 1 else None
 
+        self._stops_from = s.min_tokens if new.stop_token_ids else 0
         self._plain = s.greedy and s.logprobs is None and not penalised and not s.logit_bias
 
     @property
     def wants_most_likely(self) -> bool:
         """Whether the most likely token is all that is wanted of a row."""
-        return self._plain and not self.bans_stops
+        return self._plain and self.num_generated >= self._stops_from
 
     def append(self, token: int) -> None:
         self.last_token = token
@@ -58,4 +59,4 @@ class SequenceState:
 
     @property
     def bans_stops(self) -> bool:
-        return self.num_generated < self.new.sampling.min_tokens and bool(self.new.stop_token_ids)
+        return self.num_generated < self._stops_from
