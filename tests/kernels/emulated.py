@@ -1,4 +1,4 @@
-"""The native products with software in place of the AMX and VNNI instructions, built for the tests."""
+"""The native kernels with software in place of AMX and of AVX-512's instructions, built for the tests."""
 
 import hashlib
 import os
@@ -24,13 +24,13 @@ def library(units: tuple[str, ...] = ("linear",), sets: tuple[str, ...] = ("avx5
         pytest.skip("the emulation is made of AVX2")
     module = SANITIZE.load_setup()
     module.PER_INSTRUCTION_SET = units
-    sources = sorted((ROOT / module.SOURCES).glob("*.*"))
-    state = hashlib.sha256(b"".join(path.read_bytes() for path in [ROOT / "setup.py", *sources])).hexdigest()[:16]
+    sources = [ROOT / "setup.py", Path(__file__), *sorted((ROOT / module.SOURCES).glob("*.*"))]
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     name = "-".join((*units, *sets, state))
     folder = Path(tempfile.gettempdir()) / f"liushui-emulated-{os.getuid()}-{name}"
     target = folder / f"_cpu{module.SUFFIX}"
     if not target.exists():
-        flags = ["-mavx2", "-mfma", "-mf16c", "-O2", "-DLS_EMULATE", "-DLS_WIDTH=16", "-DLS_REGISTERS=32"]
+        flags = ["-mavx2", "-mfma", "-mf16c", "-O1", "-DLS_EMULATE", "-DLS_WIDTH=16", "-DLS_REGISTERS=32"]
         variants = {"avx512": flags, "amx": [*flags, "-DLS_EMULATE_AMX"]}
         variants = {name: variants[name] for name in sets}
         made = folder / f"{os.getpid()}{module.SUFFIX}"

@@ -94,7 +94,6 @@ LS_INLINE void hide(float* scores, long block, const LaneSight& sight, const flo
 
 // Dimensions [d, d + 8) of a block's values: from rows of dimensions to rows of 32 keys.
 LS_INLINE void turn_values(const bf16* const* values, long d, bf16* out) {
-#if defined(__AVX512BW__)
   // Four keys' dimensions beside each other, then 8 by 8 within each quarter.
   __m512i x[8], y[8];
 #pragma GCC unroll 8
@@ -121,10 +120,6 @@ LS_INLINE void turn_values(const bf16* const* values, long d, bf16* out) {
     _mm512_storeu_si512((void*)(to + 64), _mm512_unpacklo_epi64(c, e));
     _mm512_storeu_si512((void*)(to + 96), _mm512_unpackhi_epi64(c, e));
   }
-#else
-  for (int i = 0; i < 8; i++)
-    for (int j = 0; j < 32; j++) out[i * 32 + j] = values[j][d + i];
-#endif
 }
 
 // Where dimension i of 32 lies in the pairs' order: pairs are made within quarters of a register.
@@ -135,16 +130,9 @@ LS_INLINE int paired_place(int i) { return i / 8 * 4 + i % 4 + i / 4 % 2 * 16; }
 LS_INLINE void pair_values(const bf16* const* values, long d, bf16* out) {
   for (int pair = 0; pair < 16; pair++, out += 32) {
     const bf16 *even = values[2 * pair] + d, *odd = values[2 * pair + 1] + d;
-#if defined(__AVX512BW__)
     const __m512i a = _mm512_loadu_si512((const void*)even), b = _mm512_loadu_si512((const void*)odd);
     _mm512_storeu_si512((void*)out, _mm512_unpacklo_epi16(a, b));
     _mm512_storeu_si512((void*)(out + 512), _mm512_unpackhi_epi16(a, b));
-#else
-    for (int i = 0; i < 32; i++) {
-      bf16* to = out + paired_place(i) / 16 * 512 + paired_place(i) % 16 * 2;
-      to[0] = even[i], to[1] = odd[i];
-    }
-#endif
   }
 }
 

@@ -41,23 +41,12 @@ static constexpr WeightTables kWeightTables;
 // Weights of t, given as kWeightUnits * t + kWeightOfOne; 0 below the smallest, and of what is not a number.
 template <bool kBeside>
 LS_INLINE vp whole_weights(vf first, vf second) {
-#if defined(__AVX512VBMI__)
   const __m512i less = _mm512_load_si512(kWeightTables.less), fields = _mm512_load_si512(kWeightTables.fields);
   const __m512i order = _mm512_load_si512(kBeside ? kWeightTables.beside : kWeightTables.after);
   __m512i v = _mm512_packus_epi32(_mm512_cvtps_epi32((__m512)first), _mm512_cvtps_epi32((__m512)second));
   const __m512i range = _mm512_multishift_epi64_epi8(fields, v);
   v = _mm512_subs_epu16(v, _mm512_maskz_permutexvar_epi8(0x5555555555555555ull, range, less));
   return (vp)_mm512_permutexvar_epi16(order, _mm512_srli_epi16(v, 1));
-#else
-  vp words;
-  for (int i = 0; i < 32; i++) {
-    const float x = i < W ? first[i] : second[i - W];
-    const int whole = _mm_cvtss_si32(_mm_set_ss(x));
-    const int v = whole < 0 ? 0 : whole > 65535 ? 65535 : whole, less = kWeightTables.less[v >> 2 & 63];
-    words[kBeside ? i % W * 2 + i / W : i] = (uint16_t)((v > less ? v - less : 0) >> 1);
-  }
-  return words;
-#endif
 }
 
 // Weights of lanes beside each other, as floats.
@@ -75,22 +64,15 @@ LS_INLINE vf of_keys(const float* scales) {
 
 // Weights of two keys for 16 rows as the second factor of the sums: [row][2].
 LS_INLINE void store_pair(bf16* to, vf first, vf second) {
-#if defined(__AVX512BF16__)
   alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
   _mm512_storeu_si512((void*)to, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
-#else
-  bf16 both[32];
-  store(both, first), store(both + W, second);
-  for (int i = 0; i < 32; i++) to[i] = both[i % 2 * 16 + i / 2];
-#endif
 }
 
 // Weights [kKeys][L] of a block for few rows as the first factor of the sums: [row][key].
 template <int L>
 LS_INLINE void store_rows(bf16* to, const vf* p) {
-#if defined(__AVX512BF16__)
   constexpr int kPairs = L / 2, kTogether = 64 / L;  // two vectors of bfloat16 hold that many keys
   struct Order {
     alignas(64) uint16_t from[2][32];
@@ -123,12 +105,6 @@ LS_INLINE void store_rows(bf16* to, const vf* p) {
       _mm512_storeu_si512((void*)(to + 96), _mm512_shuffle_i64x2(b, e, 0xdd));
     }
   }
-#else
-  bf16 all[kKeys * L];
-  for (int i = 0; i < kKeys * L / W; i++) store(all + i * W, p[i]);
-  for (int r = 0; r < L; r++)
-    for (int key = 0; key < kKeys; key++) to[r * kKeys + key] = all[key * L + r];
-#endif
 }
 
 // Scores of a block become weights 2^(score * scale - level), in bfloat16 where the scores were; `total` is brought

@@ -3,8 +3,7 @@
 #pragma once
 #include <stdlib.h>
 
-// Not inlined a hundred times: the tests wait for the compiler.
-#define LS_OUT_OF_LINE __attribute__((noinline, unused)) static
+#include "emulate_vectors.h"
 
 namespace {
 

@@ -95,23 +95,11 @@ inline void wide_pack_panel(const PackedWeight& w, int source, const uint8_t* ro
 // -- two vectors of float as 32 words of bfloat16, and a table of them
 
 LS_INLINE vw words_of(vf low, vf high) {
-#if defined(__AVX512BF16__)
   return (vw)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-#else
-  vw words;
-  store((bf16*)&words, low), store((bf16*)&words + W, high);
-  return words;
-#endif
 }
 
 LS_INLINE vw looked_up(vw table, vw index) {  // by the lowest 5 bits
-#if defined(__AVX512BW__)
   return (vw)_mm512_permutexvar_epi16((__m512i)index, (__m512i)table);
-#else
-  vw words;
-  for (int i = 0; i < 32; i++) words[i] = table[index[i] & 31];
-  return words;
-#endif
 }
 
 // -- a group
@@ -138,7 +126,6 @@ LS_INLINE void wide_scales(const uint8_t* group, const uint8_t* header, int c, f
 }
 
 // Four columns of 4 bits. look_up: the values of one, from a table of two: 16 of an even column, 16 of the odd one.
-#if defined(__AVX512VBMI__)
 // A word's bytes are looked up each by itself, by 2 q and 2 q + 1, and 32 more for the second column. Bytes of both are
 // taken from where 2 q stands, with the bits around it.
 struct FourColumns {
@@ -157,20 +144,6 @@ struct FourColumns {
     return (vw)_mm512_permutexvar_epi8(index, (__m512i)words_of(low, high));
   }
 };
-#else
-struct FourColumns {
-  vw packed;
-
-  LS_INLINE explicit FourColumns(const uint8_t* from) { memcpy(&packed, from, 64); }
-
-  template <int kColumn>
-  LS_INLINE vw look_up(vf low, vf high) const {
-    const vw index = packed >> (4 * kColumn), table = words_of(low, high);
-    if (kColumn % 2) return looked_up(table, (index & 15) | 16);
-    return looked_up(table, index & 15);
-  }
-};
-#endif
 
 // Four columns of 4 bits. `scales`, `minima`: theirs. Two by two, since rounding takes two vectors.
 template <int kPlain>
@@ -187,13 +160,9 @@ LS_INLINE void expand_four(const uint8_t* from, vf q, const float* scales, const
 
 // 32768 + each of W bytes: they lie where a float's bits count 1, 2, 4 ... of it.
 LS_INLINE vf above_32768(const uint8_t* p) {
-#if defined(__AVX512BW__)
   const __m512i order = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0) << 8;
   const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
   return (vf)_mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x47000000), 0x2222222222222222, bytes, order);
-#else
-  return load_small(p) + 32768.0f;
-#endif
 }
 
 // Columns 16 half to 16 half + 15 of a group -> [16][32 values], a tile as the first factor of a product.

@@ -7,7 +7,9 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#if defined(__x86_64__)
+#if defined(LS_EMULATE_AMX)
+#include "emulate_vectors.h"
+#elif defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
