@@ -4,6 +4,8 @@ from liushui.core.cost import Pace, Work
 from liushui.core.plan import NewSequence, PlanItem, StepPlan
 from liushui.core.sequence import Sequence
 
+_NO_WORK = Work()
+
 
 class Draft:
     """One step's budget, in tokens and in time, its items, and its count of missing blocks."""
@@ -15,8 +17,8 @@ class Draft:
         """Tokens that may still be fed."""
         self.pace = pace
         """Bounds the prompts' share in time."""
-        self.work = Work()
-        self.decoding = Work()
+        self.work = _NO_WORK
+        self.decoding = _NO_WORK
         """Of `work`, that of sequences with one token: they are fed first, and always."""
         self.items: list[PlanItem] = []
         self.new: list[NewSequence] = []

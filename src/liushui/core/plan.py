@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 from liushui.core.request import FinishReason, SamplingParams
 
@@ -80,17 +81,23 @@ class TokenLogprobs:
     """(token id, logprob) of the k most likely, best first."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class StepResult(NamedTuple):
     """What a step gave. `tokens[seq_id]` are the new token ids of each item that samples."""
 
     tokens: Mapping[str, Seq[int]]
-    logprobs: Mapping[str, Seq[TokenLogprobs]] = field(default_factory=dict)
+    logprobs: Mapping[str, Seq[TokenLogprobs]] = _NOTHING
     """Parallel to `tokens`, for sequences that asked."""
-    prompt_logprobs: Mapping[str, Seq[tuple[int, TokenLogprobs]]] = field(default_factory=dict)
+    prompt_logprobs: Mapping[str, Seq[tuple[int, TokenLogprobs]]] = _NOTHING
     """(position, logprobs of the prompt token at that position), positions >= 1."""
-    errors: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, str] = _NOTHING
     """Sequences that cannot go on (for example non-finite logits); all others are unharmed."""
+
+    def result(self) -> "StepResult":
+        """Itself: a step that is done is a `Pending` too."""
+        return self
 
 
 class Pending(Protocol):
@@ -109,8 +116,7 @@ class Executor(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class TokensEvent:
+class TokensEvent(NamedTuple):
     """New tokens of a sequence; stop tokens are included."""
 
     seq_id: str

@@ -207,7 +207,7 @@ class Scheduler:
             if seq.status is Status.RUNNING:
                 draft.feed(seq, others=place + 1 < len(rests) or self._may_enter())
         batch_empty = not (self._running or self._plans)
-        for seq in self.policy.entrants(self._waiting, batch_empty, self._shares.served) if self._free_slots else ():
+        for seq in self.policy.entrants(self._waiting, batch_empty, self._shares.served) if self._may_enter() else ():
             if (draft.full and not self.policy.together) or not self._admit(seq, draft, now):
                 break
             draft.feed(seq, others=self._may_enter())
@@ -246,12 +246,13 @@ class Scheduler:
                     seq.num_pending -= 1
                     events.append(TokensEvent(seq.seq_id, (token,)))
                     reason = seq.append(token)
-                    self._lead(seq)
+                    if self._followers:
+                        self._lead(seq)
                     if reason:
                         self._end(seq, reason, token if reason is FinishReason.STOP else None)
             if not seq.num_in_flight and seq.status is not Status.RUNNING:
                 self._give_back(seq)
-        return events + self._let_go()
+        return events + self._let_go() if self._held else events
 
     def check(self) -> None:
         """Recount everything; for tests, and for idle moments. Raises `IntegrityError`."""

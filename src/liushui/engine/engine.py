@@ -167,7 +167,8 @@ class Engine:
     def step(self) -> list[EngineOutput]:
         """One turn of the loop. Returns new deltas (of streaming requests) and outputs (of finished ones)."""
         self.loop.step()
-        self._hand_out()
+        if self._touched or self._finished:
+            self._hand_out()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -177,7 +178,8 @@ class Engine:
         live = self._answers[seq_id]
         if live.answer.closed:
             return False
-        self._touched[seq_id] = live
+        if live.request.prepared.stream:
+            self._touched[seq_id] = live
         return live.answer.extend(token_ids, logprobs)
 
     def prompt_logprobs(self, seq_id: str, found: Seq[tuple[int, TokenLogprobs]]) -> None:
@@ -187,8 +189,9 @@ class Engine:
         """Complete its answer, and with the last one the request."""
         live = self._answers.pop(seq_id)
         live.end(reason, times, error)
-        self._touched[seq_id] = live
         request = live.request
+        if request.prepared.stream:
+            self._touched[seq_id] = live
         if request.finished:
             del self._requests[request.request.request_id]
             self._finished.append(request.output(times.finished))
@@ -201,12 +204,10 @@ class Engine:
         pass
 
     def _hand_out(self) -> None:
-        """One delta per answer that moved, if its request streams; then the outputs of the finished."""
+        """One delta per answer that moved and whose request streams; then the outputs of the finished."""
         for live in self._touched.values():
-            prepared = live.request.prepared
-            if prepared.stream:
-                error = live.request.error if live.answer.output.finish_reason is FinishReason.ERROR else None
-                self._outputs.append(live.answer.delta(prepared.index, error))
+            error = live.request.error if live.answer.output.finish_reason is FinishReason.ERROR else None
+            self._outputs.append(live.answer.delta(live.request.prepared.index, error))
         self._touched.clear()
         self._outputs += self._finished
         self._finished.clear()

@@ -215,7 +215,8 @@ class LLM:
     def _collect(self, prepared: list[Prepared], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[int, RequestOutput] = {}
         with Progress(self.engine, len(prepared), show=use_tqdm) as progress:
-            for output in self._run(Direct(iter(prepared)), lambda: progress.update(self.engine, len(outputs))):
+            after_step = (lambda: progress.update(self.engine, len(outputs))) if progress.shown else None
+            for output in self._run(Direct(iter(prepared)), after_step):
                 if isinstance(output, RequestOutput):
                     outputs[output.index] = output
                     progress.update(self.engine, len(outputs))

@@ -209,7 +209,8 @@ class TokenLoop:
                 self._cut(late, FinishReason.TIMEOUT, "its deadline has passed")
         plan = self.scheduler.schedule(now) if self.pacer is None else self.scheduler.schedule(now, self.pacer.pace())
         if plan is not None:
-            self._note_plan(plan, now)
+            if plan.preempted or plan.admitted:
+                self._note_plan(plan, now)
             self.reader.planned(plan)
             self._launch(plan)
         if self._flights and (plan is None or len(self._flights) > self.depth):

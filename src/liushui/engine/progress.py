@@ -15,12 +15,12 @@ class Progress:
         self._tokens = engine.num_output_tokens
         self._start = engine.clock()
         self._total = total
-        self._show = show and total > 0 and sys.stderr.isatty()
+        self.shown = show and total > 0 and sys.stderr.isatty()
         self._bar: Any = None
         self._task: Any = None
 
     def __enter__(self) -> Self:
-        if self._show:
+        if self.shown:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar

@@ -81,8 +81,10 @@ class HostSteps:
         if self.fresh is not None:
             self.fresh.used(max((item.block_table[-1] for item in plan.items), default=0))
         watched = self.whole is None or model is not self.built
-        if self.decode is not None and not watched and _only_decodes(plan.items, states):
-            return self._decode(self.decode, plan.items, states)
+        if self.decode is not None and not watched:
+            done = self._decode(self.decode, plan.items, states)
+            if done is not None:
+                return done
         packed = pack(plan, self.block_size, self.last_tokens, self.wrap)
         ends = packed.query_start.tolist()
         likely, sampling, asked = self._sort(plan, states, ends, watched)
@@ -106,10 +108,18 @@ class HostSteps:
 
     def _decode(
         self, decode: NativeDecode, items: Sequence[PlanItem], states: Mapping[str, SequenceState]
-    ) -> StepResult:
-        ids = [item.token_ids[0] if item.token_ids else self.last_tokens[item.seq_id] for item in items]
-        best = decode(ids, [item.start for item in items], [item.block_table for item in items])
-        tokens, errors = self._learn(items, best, states)
+    ) -> StepResult | None:
+        """The step, if each sequence is fed one token and just wants the most likely next one; else nothing is done."""
+        ids: list[int] = []
+        starts: list[int] = []
+        tables: list[tuple[int, ...]] = []
+        for item in items:
+            if item.num_tokens != 1 or not item.samples or not states[item.seq_id].wants_most_likely:
+                return None
+            ids.append(item.token_ids[0] if item.token_ids else self.last_tokens[item.seq_id])
+            starts.append(item.start)
+            tables.append(item.block_table)
+        tokens, errors = self._learn(items, decode(ids, starts, tables), states)
         return StepResult(tokens, errors=errors)
 
     def _sort(
@@ -212,11 +222,3 @@ class HostSteps:
             for position, line in zip(range(begin, end), logits, strict=True):
                 found.append((position + 1, token_logprobs(line, new.prompt_token_ids[position + 1], top)))
         return found
-
-
-def _only_decodes(items: Sequence[PlanItem], states: Mapping[str, SequenceState]) -> bool:
-    """Whether every sequence is fed one token and just wants the most likely next one."""
-    for item in items:
-        if item.num_tokens != 1 or not item.samples or not states[item.seq_id].wants_most_likely:
-            return False
-    return bool(items)

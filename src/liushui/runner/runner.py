@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from liushui.config import EngineConfig
-from liushui.core.plan import Pending, StepPlan, StepResult
+from liushui.core.plan import Pending, StepPlan
 from liushui.errors import ParameterError
 from liushui.kernels.arrays import type_name
 from liushui.kernels.ops import Ops, load_native, load_ops
@@ -33,16 +32,6 @@ class Checkpoint(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A step that is finished when it returns."""
-
-    value: StepResult
-
-    def result(self) -> StepResult:
-        return self.value
 
 
 class Runner:
@@ -216,13 +205,13 @@ class Runner:
         for new in plan.new:
             self.states[new.seq_id] = SequenceState(new)
         if self._source is not None:
-            return Done(self.host.run(plan, self.states, self._model))
+            return self.host.run(plan, self.states, self._model)
         import torch
 
         with torch.inference_mode():
             if self.steps is not None:
                 return self.steps.start(plan, self.states)
-            return Done(self.host.run(plan, self.states, self._model))
+            return self.host.run(plan, self.states, self._model)
 
 
 def may_be_plain(config: EngineConfig, checkpoint: Any) -> bool:
