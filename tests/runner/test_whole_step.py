@@ -148,9 +148,9 @@ def test_a_step_of_tokens_in_flight_feeds_what_was_chosen_last() -> None:
     driver.add("a", _prompt(9, 1), GREEDY)
     first = driver.step({"a": 9}).tokens["a"][0]
     known = PlanItem("a", 0, 9, 1, (first,), tuple(driver.tables["a"]), True)
-    results = [runner.execute(StepPlan(1, (item,))).result().tokens for item in (replace(known, token_ids=()), known)]
+    results = [runner.execute(StepPlan(1, (item,))).result().tokens for item in (known._replace(token_ids=()), known)]
     runner.host.last_tokens["a"] = first
-    results.append(runner.execute(StepPlan(2, (replace(known, token_ids=()),))).result().tokens)
+    results.append(runner.execute(StepPlan(2, (known._replace(token_ids=()),))).result().tokens)
     assert results[0] == results[1] == results[2]
 
 

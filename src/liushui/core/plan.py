@@ -31,8 +31,7 @@ class NewSequence:
         return range(first, max(first, min(start + count, len(self.prompt_token_ids) - 1)))
 
 
-@dataclass(frozen=True, slots=True)
-class PlanItem:
+class PlanItem(NamedTuple):
     """One sequence's share of a step: positions `start .. start + num_tokens - 1` are fed.
 
     `token_ids` are the ids known at planning time; if it is one shorter than `num_tokens`, the last id is
@@ -51,8 +50,7 @@ class PlanItem:
     """Whether the last fed position predicts a new token (False inside a prompt's chunks)."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """One step of the batch. Items in slot-independent order: decodes first, then prompts, by arrival."""
 
     step_id: int

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -187,7 +187,7 @@ class DeviceSteps:
     def start(self, plan: StepPlan, states: Mapping[str, SequenceState]) -> DeviceStep:
         """Launch one step."""
         # The longest first: attention's programs start in this order, and the short ones fill the gaps at the end.
-        plan = replace(plan, items=tuple(sorted(plan.items, key=lambda item: -item.start - item.num_tokens)))
+        plan = plan._replace(items=tuple(sorted(plan.items, key=lambda item: -item.start - item.num_tokens)))
         sampled = tuple(item for item in plan.items if item.samples)
         adjusted = [i for i, item in enumerate(sampled) if states[item.seq_id].adjusts_logits]
         # The oldest step's buffers are about to be used again; adjusting needs all that was generated.
