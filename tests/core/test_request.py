@@ -15,6 +15,7 @@ from liushui.errors import ParameterError
         ("n", 0), ("n", 1000), ("n", True), ("n", 2.0),
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
         ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 1.5), ("repetition_penalty", 0),
+        ("repetition_penalty", 5e-324), ("repetition_penalty", 100.5),
         ("presence_penalty", 2.5), ("frequency_penalty", -3), ("seed", 2**63), ("seed", 1.5),
         ("min_tokens", -1), ("min_tokens", 17), ("max_tokens", 0), ("max_tokens", 2.5),
         ("logprobs", -1), ("prompt_logprobs", 10**9), ("truncate_prompt_tokens", 0),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liushui.core.plan import NewSequence
-from liushui.core.request import SamplingParams
+from liushui.core.request import LEAST_REPETITION_PENALTY, SamplingParams
 from liushui.runner.noise import MAX_GUMBEL, gumbel, row_key
 from liushui.runner.sampler import SampleRow, sample, token_logprobs
 from liushui.runner.state import SequenceState
@@ -151,6 +151,16 @@ def test_negative_logits_are_penalised_downwards() -> None:
     logits = torch.full((1, VOCAB), -9.0)
     logits[0, [3, 4]] = torch.tensor([-1.0, -1.2])
     assert sample(logits, [_row(temperature=0, prompt=(3,), repetition_penalty=1.5)])[0] == [4]
+
+
+@pytest.mark.parametrize("penalty", [LEAST_REPETITION_PENALTY, 100.0])
+@pytest.mark.parametrize("temperature", [0, 1e-5, 100.0])
+def test_the_strongest_penalties_leave_numbers(penalty: float, temperature: float) -> None:
+    logits = _logits(1) * 1e4
+    row = _row(temperature=temperature, prompt=tuple(range(VOCAB)), repetition_penalty=penalty)
+    tokens, finite = sample(logits, [row])
+    assert finite == [True]
+    assert 0 <= tokens[0] < VOCAB
 
 
 def test_nan_logits_mark_only_their_row() -> None:

@@ -36,7 +36,7 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
     "top_p": ([0.1, 1], [0, -1, 1.01, math.nan]),
     "top_k": ([-1, 0, 5, 2**31 - 1], [-2, 2**31, 1.0, "5"]),
     "min_p": ([0, 0.5, 1], [-0.1, 1.1, math.inf]),
-    "repetition_penalty": ([0.5, 1.3], [0, -1, 101, math.nan]),
+    "repetition_penalty": ([0.01, 0.5, 1.3], [0, 5e-324, 0.009, -1, 101, math.nan]),
     "presence_penalty": ([-2, 2], [-2.1, 2.1]),
     "frequency_penalty": ([-2, 2], [-2.1, 3, "1"]),
     "logit_bias": ([{}, {"3": 5}, {"3": -100}], [{"x": 1}, {"-1": 1}, {"999999": 1}, {"3": 101}, {"3": math.nan}, []]),

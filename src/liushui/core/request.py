@@ -11,6 +11,8 @@ from liushui.errors import ParameterError
 MAX_N = 128
 MAX_LOGPROBS = 64
 MAX_STOPS = 64
+LEAST_REPETITION_PENALTY = 0.01
+"""Logits are divided by it: by far less, float32 would overflow."""
 MAX_LOGIT_BIAS = 1024
 
 
@@ -110,7 +112,7 @@ class SamplingParams(_Given):
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _integer("top_k", self.top_k, -1, 2**31 - 1)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, LEAST_REPETITION_PENALTY, 100.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:

@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from liushui.core.request import MAX_LOGIT_BIAS, MAX_N, MAX_STOPS
+from liushui.core.request import LEAST_REPETITION_PENALTY, MAX_LOGIT_BIAS, MAX_N, MAX_STOPS
 from liushui.server.errors import ApiError
 
 INT64 = 2**63 - 1
@@ -196,7 +196,7 @@ class Sampling(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN_ID)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_REPETITION_PENALTY, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
