@@ -15,6 +15,8 @@ from liushui.kernels.cuda.driver import Kernel, boxes
 
 SHARED_BYTES = 232_448
 """Of a Hopper multiprocessor."""
+MULTIPROCESSORS = 132
+"""Of an H100, which the forms were measured on."""
 DEPTH = 64
 """Columns of x and of the weight in a place of the ring."""
 BAND = 2048
@@ -76,18 +78,36 @@ class Form:
 def forms(rows: int, columns: int, k: int, gated: bool) -> list[Form]:
     """Those worth a trial for y [rows, columns] (measured on an H100)."""
     large, head = columns * k * (1 + gated) >= 2**24, columns > 2**16
-    if gated and rows < 512:
-        if rows <= 64:
-            return [Form(224 if large else 48, gated=True)]
-        if rows <= 128:
-            return [Form(256 if large else 48, team=2, gated=True)]
-        return [Form(224 if large else 96, team=2, down=2, gated=True)]
-    if rows >= 512 and columns >= 3072:
-        pair = [Form(192, teams=2, tall=2, down=2, gated=gated)]
-        return [*pair, Form(256, team=2, down=2, gated=gated)] if rows >= 2048 else pair
-    if head and rows > 64:
-        return [Form(256, team=2)] if rows <= 128 else [Form(256, team=2, down=2)]
-    return []
+    if rows >= 512:
+        pair = [Form(192, teams=2, tall=2, down=2, gated=gated)] if columns >= 3072 else []
+        return [*pair, Form(256, team=2, down=2, gated=gated)] if pair and rows >= 2048 else pair
+    if head:
+        return [] if rows <= 64 else [Form(256, team=2)] if rows <= 128 else [Form(256, team=2, down=2)]
+    if gated:
+        return [_few_rows_gated(rows, large)]
+    return [] if k > 2 * columns or (large and rows > 128) else [_few_rows(rows, columns, large)]
+
+
+def _few_rows_gated(rows: int, large: bool) -> Form:
+    if rows <= 64:
+        return Form(224 if large else 48, gated=True)
+    if rows <= 128:
+        return Form(256 if large else 48, team=2, gated=True)
+    if rows <= 192 and not large:
+        return Form(48, team=3, gated=True)
+    return Form(224 if large else 96, team=2, down=2, gated=True)
+
+
+def _few_rows(rows: int, columns: int, large: bool) -> Form:
+    """As many tiles as multiprocessors, or a few less; they share rows of x where those are long."""
+    team = math.ceil(rows / 64)
+    if not large and (rows <= 128 or columns < 2048):
+        team = 1
+    elif rows > 192:
+        team = 2
+    tiles_of_rows = math.ceil(rows / (64 * team))
+    width = columns * tiles_of_rows / MULTIPROCESSORS
+    return Form(min(256, 16 * math.ceil(width / 16)), team=team)
 
 
 class Call(ctypes.Structure):
