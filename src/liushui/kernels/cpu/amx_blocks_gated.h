@@ -1,5 +1,5 @@
-// SwiGLU's two products in one, for expanded blocks (amx_gated.h: for bfloat16). Sums are [column][row], and that is
-// how the product after it takes its rows: nothing has to be turned.
+// SwiGLU's two products in one, for expanded blocks (amx_gated.h: for bfloat16). Sums are [column][row], or [row][column],
+// and so the product after it takes its rows, where it is of the same kind: nothing has to be turned.
 #pragma once
 #include "amx_lone.h"
 
@@ -27,22 +27,39 @@ inline void gate_columns(const float* gate, const float* up, const float* gate_b
   }
 }
 
+// 16 columns of a tile of rows, [row][column], as these rows' half of a chunk.
+inline void gate_tile_rows(const float* gate, const float* up, const float* gate_bias, const float* up_bias, bf16* to) {
+  for (int r = 0; r < kTile; r++)
+    for (int c = 0; c < kTile; c += W) {
+      vf g = load(gate + r * kTile + c), u = load(up + r * kTile + c);
+      if (gate_bias) g = g + load(gate_bias + c), u = u + load(up_bias + c);
+      store(to + r * kInnerGroup + c, gated(g, u));
+    }
+}
+
 // The share of `worker`; inner: prepared for `down`. For a lone row: amx_lone.h.
 inline void wide_multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* x, long rows,
                                 bf16* inner, int worker, int workers) {
-  const long half = down.k / kWide, chunks = half;
+  const long half = down.k / kWide, chunks = half, tile = WideForms(gate_up).tile() * (long)sizeof(bf16);
+  const bool by_rows = weight_second(plain_format(down.format)), turn = by_rows != weight_second(plain_format(gate_up.format));
   char* expanded = (char*)liushui::scratch(liushui::kProduct, kWideExpanded + 2 * kWideSums);
   uint32_t *gates = (uint32_t*)(expanded + kWideExpanded), *ups = gates + kWideSums / 4;
-  wide_units(half, rows, worker, workers, [&](long panel, long begin, long end) {
+  wide_units(gate_up, half, rows, worker, workers, [&](long panel, long begin, long end) {
     const float* bias = gate_up.bias ? gate_up.bias + panel * kWide : nullptr;
     const float* up_bias = bias ? bias + down.k : nullptr;
-    wide_panel({gate_up, (const char*)x, begin, end, panel, expanded, gates}, [](long, long, uint32_t*) {});
-    wide_panel({gate_up, (const char*)x, begin, end, panel + half, expanded, ups}, [&](long row, long height, uint32_t* sums) {
-      const float *up = (const float*)sums, *gate = (const float*)(gates + (sums - ups));
+    wide_panel({gate_up, (const char*)x, tile, begin, end, panel, expanded, gates}, [](long, long, uint32_t*) {});
+    wide_panel({gate_up, (const char*)x, tile, begin, end, panel + half, expanded, ups}, [&](long row, long height, uint32_t* sums) {
       for (int t = 0; t < (height > kTile ? 4 : 2); t++) {
-        bf16* to = inner + ((row / kTile + t / 2) * chunks + panel) * 512 + t % 2 * 256;
+        const uint32_t *up = sums + t * 256, *gate = gates + (up - ups);
+        uint32_t turned[2][256];
+        if (turn) {
+          transpose_words(gate, 16, turned[0]), transpose_words(up, 16, turned[1]);
+          gate = turned[0], up = turned[1];
+        }
         const long at = t % 2 * kTile;
-        gate_columns(gate + t * 256, up + t * 256, bias ? bias + at : nullptr, bias ? up_bias + at : nullptr, to);
+        bf16* to = inner + ((row / kTile + t / 2) * chunks + panel) * 512 + t % 2 * (by_rows ? kTile : 256);
+        (by_rows ? gate_tile_rows : gate_columns)((const float*)gate, (const float*)up, bias ? bias + at : nullptr,
+                                                  bias ? up_bias + at : nullptr, to);
       }
     });
   });

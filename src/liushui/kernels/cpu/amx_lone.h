@@ -1,5 +1,6 @@
 // A lone row times expanded blocks (amx_blocks.h). The weight is one stream of tiles, whatever panels they belong to:
-// the next panel's are begun before one is done. Two panels at a time share each tile of x.
+// the next panel's are begun before one is done. Two panels at a time share each tile of x, which is one column, or (the
+// weight being the second factor) one row: such products take little more than half the time.
 #pragma once
 #include "amx_blocks.h"
 #include "rows.h"
@@ -39,6 +40,8 @@ struct LoneMaker {
 template <int kPlain, bool kTwo>
 void lone_panels(const PackedWeight& w, const bf16* x, long first, long count, long distance, char* ring, float* sums,
                  float* others) {
+  constexpr bool kSecond = weight_second(kPlain);
+  constexpr long kApart = kSecond ? 64 : 4;  // bytes from row to row of x and of sums
   const long chunks = groups_of(w);
   LoneMaker<kPlain, kTwo> maker = {(const uint8_t*)w.data, first * chunks, (first + count) * chunks, distance * chunks,
                                    ring};
@@ -50,26 +53,26 @@ void lone_panels(const PackedWeight& w, const bf16* x, long first, long count, l
   for (; count > 0; count--, sums += kWide, others += kWide) {
     begin_sums<kTwo>(nullptr);
     for (long i = 0; i < chunks; i++, t += kTwo ? 4 : 2) {
-      LS_TILE_LOAD(6, x + i * kInnerGroup, 4);
+      LS_TILE_LOAD(6, x + i * kInnerGroup, kApart);
       maker.template make<kTwo ? 3 : 1>();
       LS_TILE_LOAD(4, maker.place(t), 64);
-      LS_TILE_BF16(0, 4, 6);
+      LS_WIDE_ADD(0, 4, 6);
       maker.template make<0>();
       LS_TILE_LOAD(5, maker.place(t + 1), 64);
-      LS_TILE_BF16(1, 5, 6);
+      LS_WIDE_ADD(1, 5, 6);
       if (!kTwo) continue;
       maker.template make<1>();
       LS_TILE_LOAD(4, maker.place(t + 2), 64);
-      LS_TILE_BF16(2, 4, 6);
+      LS_WIDE_ADD(2, 4, 6);
       maker.template make<2>();
       LS_TILE_LOAD(5, maker.place(t + 3), 64);
-      LS_TILE_BF16(3, 5, 6);
+      LS_WIDE_ADD(3, 5, 6);
     }
-    LS_TILE_STORE(0, sums, 4);
-    LS_TILE_STORE(1, sums + kTile, 4);
+    LS_TILE_STORE(0, sums, kApart);
+    LS_TILE_STORE(1, sums + kTile, kApart);
     if (!kTwo) continue;
-    LS_TILE_STORE(2, others, 4);
-    LS_TILE_STORE(3, others + kTile, 4);
+    LS_TILE_STORE(2, others, kApart);
+    LS_TILE_STORE(3, others + kTile, kApart);
   }
 }
 
@@ -86,10 +89,10 @@ LonePanels lone_kernel(const PackedWeight& w) {
   }
 }
 
-// Calls each(first panel, panels) for what `worker` takes, tiles being set up: its share; if there is `taken`, the last
+// Calls each(first panel, panels) for what `worker` takes, tiles being set up for w: its share; if there is `taken`, the last
 // quarter only where no other has come before it, and then what others have not come to.
 template <class Each>
-void lone_units(long panels, int worker, int workers, int32_t* taken, const Each& each) {
+void lone_units(const PackedWeight& w, long panels, int worker, int workers, int32_t* taken, const Each& each) {
   const bool help = taken && workers > 1 && workers <= kMostHelping;
   const auto cut = [&](int owner, int eighths) {
     const Share share = share_of(panels, owner, workers);
@@ -98,7 +101,7 @@ void lone_units(long panels, int worker, int workers, int32_t* taken, const Each
   const auto run = [&](long begin, long end) {
     for (; begin < end; begin += kLonePanels) each(begin, min_of(kLonePanels, end - begin));
   };
-  configure_wide(1);
+  configure_wide(1, weight_second(plain_format(w.format)));
   run(cut(worker, 0), cut(worker, help ? 6 : 8));
   for (int i = 0; help && i < 2 * workers; i++) {
     const int piece = (2 * worker + i) % (2 * workers), bit = 1 << piece;
@@ -114,7 +117,7 @@ inline void lone_multiply(const PackedWeight& w, const bf16* x, long first_colum
   char* ring = (char*)liushui::scratch(liushui::kProduct, kTileRing * kWideTile + kLonePanels * kWide * sizeof(float));
   float* sums = (float*)(ring + kTileRing * kWideTile);
   const LonePanels two = lone_kernel<true>(w), one = lone_kernel<false>(w);
-  lone_units((w.n + kWide - 1) / kWide, worker, workers, taken, [&](long first, long panels) {
+  lone_units(w, (w.n + kWide - 1) / kWide, worker, workers, taken, [&](long first, long panels) {
     const long pairs = panels / 2;
     if (pairs) two(w, x, first, pairs, pairs, ring, sums, sums + pairs * kWide);
     if (panels % 2) one(w, x, first + panels - 1, 1, 0, ring, sums + (panels - 1) * kWide, sums);
@@ -140,7 +143,7 @@ inline void lone_multiply_gated(const PackedWeight& gate_up, const bf16* x, long
   char* ring = (char*)liushui::scratch(liushui::kProduct, kTileRing * kWideTile + 2 * kBytes);
   float *gates = (float*)(ring + kTileRing * kWideTile), *ups = gates + kBytes / 4;
   const LonePanels kernel = lone_kernel<true>(gate_up);
-  lone_units(half, worker, workers, taken, [&](long first, long panels) {
+  lone_units(gate_up, half, worker, workers, taken, [&](long first, long panels) {
     kernel(gate_up, x, first, panels, half, ring, gates, ups);
     for (long panel = 0; panel < panels; panel++) {
       const float* bias = gate_up.bias ? gate_up.bias + (first + panel) * kWide : nullptr;

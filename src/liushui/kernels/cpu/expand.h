@@ -5,14 +5,15 @@
 // their products with q are exact in float32, one fused operation gives what a product and a sum give.)
 //
 // A panel holds 32 columns, group after group of 32 values of k; a group: its values, then its scales, then its minima,
-// 32 each. Values of 4 bits lie in 8 vectors of 32 words: word i of vector j has value i of columns 4 j to 4 j + 3. To
-// those of 8 bits with a scale in float16 128 has been added.
+// 32 each. Values of 4 bits lie in 8 vectors of 32 words: word i of vector j has value i of columns 4 j to 4 j + 3.
+// Those of 8 bits with a scale in float16: expand_bytes.h.
 //
 // Beside tile instructions a core of Sapphire Rapids has one unit for float operations on 512 bits, not two (16 of them
 // take 16.5 cycles then, else 8.2), while shuffles, logic and conversion to bfloat16 take what they take without. A lookup
 // of words takes that unit, too, one of bytes does not.
 #pragma once
 #include "amx.h"
+#include "expand_bytes.h"
 #include "quant_pack.h"
 
 #if defined(LS_TILE_BF16)
@@ -39,8 +40,8 @@ constexpr WideLayout wide_layout(int plain) {
   }
 }
 
-// Turns int8 into itself with 128 added, where that is how it is held.
-constexpr uint8_t wide_flip(int plain) { return plain == liushui::kInt8 ? 0x80 : 0; }
+// Whether the weight is a product's second factor, pairs of k of 16 columns, and rows of x the first.
+constexpr bool weight_second(int plain) { return plain == liushui::kInt8; }
 
 inline long wide_panel_bytes(const PackedWeight& w) {
   const WideLayout layout = wide_layout(plain_format(w.format));
@@ -52,14 +53,18 @@ inline long wide_panel_bytes(const PackedWeight& w) {
 struct WideColumn {
   uint8_t* panel;
   int column;
-  Format format;
-  WideLayout layout;
-  uint8_t flip;
+  int plain;
+  Format format = format_of(plain);
+  WideLayout layout = wide_layout(plain);
 
   void put(long g, const int8_t* q) const {
     uint8_t* to = panel + layout.at(g);
+    if (weight_second(plain)) {
+      for (int i = 0; i < 32; i++) to[column / 16 * 512 + byte_place(column % 16, i)] = (uint8_t)(q[i] ^ kByteFlip);
+      return;
+    }
     if (!format.nibbles) {
-      for (int i = 0; i < 32; i++) to[column * 32 + i] = (uint8_t)(q[i] ^ flip);
+      memcpy(to + column * 32, q, 32);
       return;
     }
     typedef uint8_t vb __attribute__((vector_size(32)));
@@ -88,14 +93,7 @@ inline void wide_pack_panel(const PackedWeight& w, int source, const uint8_t* ro
   uint8_t* to = data + panel * bytes;
   memset(to, 0, (size_t)bytes);
   for (int c = 0; c < kWide && panel * kWide + c < w.n; c++)
-    pack_column(w, source, rows + (panel * kWide + c) * row_bytes, row_bytes,
-                WideColumn{to, c, format_of(plain), wide_layout(plain), wide_flip(plain)});
-}
-
-// -- two vectors of float as 32 words of bfloat16, and a table of them
-
-LS_INLINE vw words_of(vf low, vf high) {
-  return (vw)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    pack_column(w, source, rows + (panel * kWide + c) * row_bytes, row_bytes, WideColumn{to, c, plain});
 }
 
 LS_INLINE vw looked_up(vw table, vw index) {  // by the lowest 5 bits
@@ -158,21 +156,15 @@ LS_INLINE void expand_four(const uint8_t* from, vf q, const float* scales, const
   memcpy((void*)to, columns, sizeof columns);
 }
 
-// 32768 + each of W bytes: they lie where a float's bits count 1, 2, 4 ... of it.
-LS_INLINE vf above_32768(const uint8_t* p) {
-  const __m512i order = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0) << 8;
-  const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
-  return (vf)_mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x47000000), 0x2222222222222222, bytes, order);
-}
-
-// Columns 16 half to 16 half + 15 of a group -> [16][32 values], a tile as the first factor of a product.
+// Columns 16 half to 16 half + 15 of a group -> [16][32 values], a tile as the first factor of a product; or as the
+// second one (weight_second).
 template <int kPlain>
 LS_INLINE void expand_tile(const uint8_t* group, const uint8_t* header, int half, bf16* to) {
   constexpr WideLayout layout = wide_layout(kPlain);
+  if constexpr (weight_second(kPlain))
+    return expand_pairs(group + half * (layout.values / 2), (const uint16_t*)(group + layout.values) + half * kHalf, to);
   alignas(64) float held[3 * kHalf];
   wide_scales<kPlain>(group, header, half * kHalf, held, held + 2 * kHalf);
-  if constexpr (kPlain == liushui::kInt8)  // less (32768 + 128) scales: that, too, is exact (11 bits times 9)
-    for (int i = 0; i < kHalf; i += W) store(held + 2 * kHalf + i, load(held + i) * -32896.0f);
   const float* scales = held;
   asm("" : "+r"(scales) : : "memory");  // read one by one from memory: that is not the port which looks up
   group += half * (layout.values / 2);
@@ -185,15 +177,8 @@ LS_INLINE void expand_tile(const uint8_t* group, const uint8_t* header, int half
   } else {
 #pragma GCC unroll 16
     for (int c = 0; c < kHalf; c++) {
-      vf low, high;
-      if constexpr (kPlain == liushui::kInt8) {
-        const vf scale = splat(scales[c]), less = splat(scales[2 * kHalf + c]);
-        low = fma(above_32768(group + c * 32), scale, less), high = fma(above_32768(group + c * 32 + W), scale, less);
-      } else {
-        const int8_t* q = (const int8_t*)group + c * 32;
-        low = load_small(q) * scales[c], high = load_small(q + W) * scales[kHalf + c];
-      }
-      const vw row = words_of(low, high);
+      const int8_t* q = (const int8_t*)group + c * 32;
+      const vw row = words_of(load_small(q) * scales[c], load_small(q + W) * scales[kHalf + c]);
       memcpy((void*)(to + c * 32), &row, 64);
     }
   }
@@ -201,19 +186,26 @@ LS_INLINE void expand_tile(const uint8_t* group, const uint8_t* header, int half
 
 // -- rows of the weight
 
+// Value `at` of 32.
+template <int kPlain>
+int wide_value(const uint8_t* group, int column, int at) {
+  if constexpr (weight_second(kPlain))
+    return (int8_t)(group[column / 16 * 512 + byte_place(column % 16, at)] ^ kByteFlip);
+  if constexpr (wide_layout(kPlain).values == 1024) return (int8_t)group[column * 32 + at];
+  const uint8_t nibbles = group[column / 4 * 64 + at * 2 + column % 4 / 2];
+  return (nibbles >> column % 2 * 4 & 15) - (kPlain == liushui::kInt4 ? 8 : 0);
+}
+
 template <int kPlain>
 void wide_row(const uint8_t* panel, int column, long k, float* out) {
   constexpr WideLayout layout = wide_layout(kPlain);
-  constexpr bool kNibbles = layout.values == 512, kMinimum = kPlain == liushui::kInt4Min || kPlain == liushui::kInt4K;
+  constexpr bool kMinimum = kPlain == liushui::kInt4Min || kPlain == liushui::kInt4K;
   float scales[2 * kHalf], minima[kHalf];
   for (long i = 0; i < k; i++) {
     const long g = i / 32, at = i % 32;
     const uint8_t* group = panel + layout.at(g);
     if (at == 0) wide_scales<kPlain>(group, panel + layout.header_at(g), column & 16, scales, minima);
-    const uint8_t nibbles = group[column / 4 * 64 + at * 2 + column % 4 / 2];
-    const int q = kNibbles ? (nibbles >> column % 2 * 4 & 15) - (kPlain == liushui::kInt4 ? 8 : 0)
-                           : (int8_t)(group[column * 32 + at] ^ wide_flip(kPlain));
-    const float value = (float)q * scales[(kPlain == liushui::kInt6K ? at & 16 : 0) + column % kHalf];
+    const float value = (float)wide_value<kPlain>(group, column, (int)at) * scales[(kPlain == liushui::kInt6K ? at & 16 : 0) + column % kHalf];
     out[i] = kMinimum ? value + minima[column % kHalf] : value;
   }
 }

@@ -37,7 +37,8 @@ void prepare_rows(const PackedWeight& w, const void* x, int x_type, long begin, 
     return;
   }
 #if defined(LS_TILE_BF16)
-  (is_expanded(w) ? wide_rows : bf16_rows<bf16>)(w.k, (const bf16*)x, begin, end, (bf16*)prepared);
+  if (is_expanded(w)) return wide_rows(w, (const bf16*)x, begin, end, (bf16*)prepared);
+  bf16_rows<bf16>(w.k, (const bf16*)x, begin, end, (bf16*)prepared);
 #else
   const bf16* from = (const bf16*)x;
   float* to = (float*)prepared + begin * w.k;
@@ -48,7 +49,7 @@ void prepare_rows(const PackedWeight& w, const void* x, int x_type, long begin, 
 
 long rows_together(const PackedWeight& w, long rows) {
 #if defined(LS_TILE_BF16)
-  if (is_expanded(w) && rows >= 2 * kTile) return kTile;
+  if (is_expanded(w) && WideForms(w).pairs && rows >= 2 * kTile) return kTile;
 #endif
   (void)w, (void)rows;
   return 1;
@@ -72,7 +73,7 @@ void multiply(const PackedWeight& weight, const void* prepared, int x_type, long
       if (is_expanded(*w) && wide_direct(w->k, rows))
         lone_multiply(*w, (const bf16*)prepared, column, out, worker, workers, w == &weight ? taken : nullptr);
       else if (is_expanded(*w))
-        wide_multiply(*w, prepared, rows, column, out, worker, workers);
+        wide_multiply(weight, *w, prepared, rows, column, out, worker, workers);
       else if (x_type == kFloat32)
         mixed_multiply(*w, (const float*)prepared, rows, column, out, worker, workers);
       else
