@@ -83,6 +83,19 @@ def test_expanded_weights_are_the_dequantised_ones(path: str, form: str) -> None
     assert torch.equal(ops.embed(ids, blocks, torch.bfloat16), values[ids])
 
 
+@pytest.mark.parametrize("kinds", [("Q4_1", "Q8_0"), ("Q5_0", "Q4_0"), ("Q8_0", "Q8_0")])
+@pytest.mark.parametrize("path", PATHS)
+def test_stacked_weights_that_take_their_rows_in_different_forms(path: str, kinds: tuple[str, str]) -> None:
+    ops = ops_of(path, 2)
+    pieces = [random_rows(kind, outputs, 96, outputs) for kind, outputs in zip(kinds, (40, 33), strict=True)]
+    whole = ops.pack(Quantised.stack(pieces), None, AS_BFLOAT16)
+    apart = [ops.pack(piece, None, AS_BFLOAT16) for piece in pieces]
+    x = torch.randn(70, 96).bfloat16()
+    for rows in (1, 2, 15, 16, 17, 33, 70):
+        some = x[-rows:].contiguous()
+        assert torch.equal(ops.linear(some, whole), torch.cat([ops.linear(some, piece) for piece in apart], 1)), rows
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_rows_that_are_not_finite_stay_alone(path: str) -> None:
     ops = ops_of(path)

@@ -45,6 +45,20 @@ def test_expanded_blocks_give_the_answers_of_bfloat16(family: str) -> None:
     compare(runners)
 
 
+@pytest.mark.parametrize(
+    "kinds",
+    [{"gate_proj": "Q8_0", "up_proj": "Q8_0"}, {"gate_proj": "Q8_0", "up_proj": "Q8_0", "down_proj": "Q4_1"}],
+    ids=["same kind", "other kind"],
+)
+def test_gates_whose_weight_is_the_second_factor(kinds: dict[str, str]) -> None:
+    """What passes them is what the weight after them takes, of the same kind or not."""
+    with mock.patch.dict(blocks.KINDS, kinds):
+        model = blocks.oracle("llama-bias", 5)
+        runners = [blocks.runner(model, dtype="bfloat16", weights="native", threads=2) for _ in range(2)]
+    runners[1].host.whole = None
+    compare(runners)
+
+
 def compare(runners: list[Runner]) -> None:
     drivers = [tiny.Driver(runner) for runner in runners]
     for driver in drivers:
