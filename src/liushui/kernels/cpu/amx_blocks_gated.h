@@ -27,9 +27,10 @@ inline void gate_columns(const float* gate, const float* up, const float* gate_b
   }
 }
 
-// 16 columns of a tile of rows, [row][column], as these rows' half of a chunk.
-inline void gate_tile_rows(const float* gate, const float* up, const float* gate_bias, const float* up_bias, bf16* to) {
-  for (int r = 0; r < kTile; r++)
+// 16 columns of `rows` rows, [row][column], as these rows' half of a chunk.
+inline void gate_tile_rows(const float* gate, const float* up, const float* gate_bias, const float* up_bias, long rows,
+                           bf16* to) {
+  for (long r = 0; r < rows; r++)
     for (int c = 0; c < kTile; c += W) {
       vf g = load(gate + r * kTile + c), u = load(up + r * kTile + c);
       if (gate_bias) g = g + load(gate_bias + c), u = u + load(up_bias + c);
@@ -56,10 +57,13 @@ inline void wide_multiply_gated(const PackedWeight& gate_up, const PackedWeight&
           transpose_words(gate, 16, turned[0]), transpose_words(up, 16, turned[1]);
           gate = turned[0], up = turned[1];
         }
-        const long at = t % 2 * kTile;
+        const float *g = (const float*)gate, *u = (const float*)up, *add = bias ? bias + t % 2 * kTile : nullptr;
+        const float* add_up = bias ? up_bias + t % 2 * kTile : nullptr;
         bf16* to = inner + ((row / kTile + t / 2) * chunks + panel) * 512 + t % 2 * (by_rows ? kTile : 256);
-        (by_rows ? gate_tile_rows : gate_columns)((const float*)gate, (const float*)up, bias ? bias + at : nullptr,
-                                                  bias ? up_bias + at : nullptr, to);
+        if (by_rows)
+          gate_tile_rows(g, u, add, add_up, min_of(kTile, height - t / 2 * kTile), to);
+        else
+          gate_columns(g, u, add, add_up, to);
       }
     });
   });
