@@ -2,7 +2,7 @@
 // an element takes K in steps of 32, in order, and it does not matter which factor is a tile's first (TDPBF16PS: the
 // even and the odd terms of a step in a chain each). Values that are looked up are a column's one after the other: there
 // the weight comes first, 16 columns with 32 values each, and a tile of y is [column][row]. Where it comes second
-// (weight_second) a tile of y is [row][column].
+// (weight_second), a tile of y is [row][column].
 #pragma once
 #include "amx.h"
 #include "expand.h"

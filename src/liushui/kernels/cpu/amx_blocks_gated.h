@@ -1,4 +1,4 @@
-// SwiGLU's two products in one, for expanded blocks (amx_gated.h: for bfloat16). Sums are [column][row], or [row][column],
+// SwiGLU's two products in one, for expanded blocks (amx_gated.h: for bfloat16). Sums are [column][row] or [row][column],
 // and so the product after it takes its rows, where it is of the same kind: nothing has to be turned.
 #pragma once
 #include "amx_lone.h"
@@ -42,14 +42,16 @@ inline void gate_tile_rows(const float* gate, const float* up, const float* gate
 inline void wide_multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* x, long rows,
                                 bf16* inner, int worker, int workers) {
   const long half = down.k / kWide, chunks = half, tile = WideForms(gate_up).tile() * (long)sizeof(bf16);
-  const bool by_rows = weight_second(plain_format(down.format)), turn = by_rows != weight_second(plain_format(gate_up.format));
+  const bool by_rows = weight_second(plain_format(down.format));
+  const bool turn = by_rows != weight_second(plain_format(gate_up.format));
   char* expanded = (char*)liushui::scratch(liushui::kProduct, kWideExpanded + 2 * kWideSums);
   uint32_t *gates = (uint32_t*)(expanded + kWideExpanded), *ups = gates + kWideSums / 4;
   wide_units(gate_up, half, rows, worker, workers, [&](long panel, long begin, long end) {
     const float* bias = gate_up.bias ? gate_up.bias + panel * kWide : nullptr;
     const float* up_bias = bias ? bias + down.k : nullptr;
     wide_panel({gate_up, (const char*)x, tile, begin, end, panel, expanded, gates}, [](long, long, uint32_t*) {});
-    wide_panel({gate_up, (const char*)x, tile, begin, end, panel + half, expanded, ups}, [&](long row, long height, uint32_t* sums) {
+    const WideTask of_up = {gate_up, (const char*)x, tile, begin, end, panel + half, expanded, ups};
+    wide_panel(of_up, [&](long row, long height, uint32_t* sums) {
       for (int t = 0; t < (height > kTile ? 4 : 2); t++) {
         const uint32_t *up = sums + t * 256, *gate = gates + (up - ups);
         uint32_t turned[2][256];

@@ -1,6 +1,6 @@
 // A lone row times expanded blocks (amx_blocks.h). The weight is one stream of tiles, whatever panels they belong to:
-// the next panel's are begun before one is done. Two panels at a time share each tile of x, which is one column, or (the
-// weight being the second factor) one row: such products take little more than half the time.
+// the next panel's are begun before one is done. Two panels at a time share each tile of x, which is one column, or, the
+// weight being the second factor, one row: products of that take little more than half the time.
 #pragma once
 #include "amx_blocks.h"
 #include "rows.h"
@@ -89,8 +89,8 @@ LonePanels lone_kernel(const PackedWeight& w) {
   }
 }
 
-// Calls each(first panel, panels) for what `worker` takes, tiles being set up for w: its share; if there is `taken`, the last
-// quarter only where no other has come before it, and then what others have not come to.
+// Calls each(first panel, panels) for what `worker` takes of w, tiles being set up: its share; if there is `taken`, the
+// last quarter only where no other has come before it, and then what others have not come to.
 template <class Each>
 void lone_units(const PackedWeight& w, long panels, int worker, int workers, int32_t* taken, const Each& each) {
   const bool help = taken && workers > 1 && workers <= kMostHelping;

@@ -156,8 +156,8 @@ LS_INLINE void expand_four(const uint8_t* from, vf q, const float* scales, const
   memcpy((void*)to, columns, sizeof columns);
 }
 
-// Columns 16 half to 16 half + 15 of a group -> [16][32 values], a tile as the first factor of a product; or as the
-// second one (weight_second).
+// Columns 16 half to 16 half + 15 of a group -> [16][32 values], a tile as a product's first factor, or (weight_second)
+// as its second one.
 template <int kPlain>
 LS_INLINE void expand_tile(const uint8_t* group, const uint8_t* header, int half, bf16* to) {
   constexpr WideLayout layout = wide_layout(kPlain);
@@ -205,7 +205,8 @@ void wide_row(const uint8_t* panel, int column, long k, float* out) {
     const long g = i / 32, at = i % 32;
     const uint8_t* group = panel + layout.at(g);
     if (at == 0) wide_scales<kPlain>(group, panel + layout.header_at(g), column & 16, scales, minima);
-    const float value = (float)wide_value<kPlain>(group, column, (int)at) * scales[(kPlain == liushui::kInt6K ? at & 16 : 0) + column % kHalf];
+    const float scale = scales[(kPlain == liushui::kInt6K ? at & 16 : 0) + column % kHalf];
+    const float value = (float)wide_value<kPlain>(group, column, (int)at) * scale;
     out[i] = kMinimum ? value + minima[column % kHalf] : value;
   }
 }

@@ -5,7 +5,7 @@
 //
 // Beside tile instructions a core of Sapphire Rapids does two simple operations a cycle, one fused one and one shuffle;
 // conversion takes the shuffles' unit twice. So what can be cut out in place is not shuffled. Without tiles a lone row
-// takes longer: VDPBF16PS, with the same bits, needs that unit twice, too (44 ns for 16 x 32 weights in the cache, 33 with).
+// takes longer: VDPBF16PS, with the same bits, needs that unit twice, too (16 x 32 weights in 44 ns; with tiles in 33).
 #pragma once
 #include "quant.h"
 
@@ -15,7 +15,9 @@ namespace {
 constexpr uint8_t kByteFlip = 0x80;
 
 // Where value i of the 32 lies that column c of 16 has in a group.
-constexpr int byte_place(int c, int i) { return i / 4 * 64 + c % 8 / 2 * 16 + (c % 2 * 2 + i % 2) * 4 + i % 4 / 2 * 2 + c / 8; }
+constexpr int byte_place(int c, int i) {
+  return i / 4 * 64 + c % 8 / 2 * 16 + (c % 2 * 2 + i % 2) * 4 + i % 4 / 2 * 2 + c / 8;
+}
 
 // Two vectors of float as 32 words of bfloat16.
 LS_INLINE vw words_of(vf low, vf high) {
@@ -35,7 +37,8 @@ LS_INLINE vf above_32768(vw bytes) {
   return (vf)_mm512_mask_shuffle_epi8(base, 0x2222222222222222, (__m512i)bytes, order);
 }
 
-// Scales, and what is added to the products with them: 32768 + 128 was too much. (That, too, is exact: 11 bits times 9.)
+// Scales, and what is added to products with them, 32768 + 128 having been too much. (That, too, is exact: 11 bits
+// times 9.)
 struct ByteScales {
   vf scale, less;
 
