@@ -170,7 +170,11 @@ class DeviceSteps:
     def settle_once(self, ready: threading.Event) -> list[str]:
         """Before the first step of one row after `ready`, `settle`. Lines for the start-up report."""
         self._settles = ready
-        return [*([self.one_row.note] if self.one_row.note else []), *self.ops.forms.report()]
+        return [
+            *([self.one_row.note] if self.one_row.note else []),
+            *self.ops.forms.report(),
+            *self.ops.prompts.report(),
+        ]
 
     def settle(self) -> None:
         """Try what serves only if it proves right here: steps of one row as one kernel."""
@@ -236,7 +240,8 @@ class DeviceSteps:
             graph.replay()
             return out
         out = self.compute(shape)
-        standing_in = Kernel.coming and shape.rows > shape.sequences  # a kernel, for one that is being compiled
+        coming = Kernel.coming or self.ops.prompts.coming
+        standing_in = coming and shape.rows > shape.sequences  # a kernel, for one that is being compiled
         if self.device.type == "cuda" and not standing_in:
             self._seen[shape] = out.hidden.numel()
         return out
@@ -258,6 +263,7 @@ class DeviceSteps:
         if self._settles is not None:
             self._settles.wait()
             self.settle()
+        self.ops.prompts.wait()
         with torch.inference_mode():
             while self.ops.try_others():
                 pass

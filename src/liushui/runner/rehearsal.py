@@ -214,21 +214,20 @@ class Rehearsal:
         with Compilers(self._device) as pool:
             pool.submit(partial(wake_vendor, self._device, self._dtype))
             with triton.AsyncCompileMode(pool):
-                known, ops = shapes(self._largest), steps.ops
-                roles = ops._prefill
-                ops._prefill = None  # the plain kernel, which takes less to compile, serves at first
+                known, prompts = shapes(self._largest), steps.ops.prompts
+                prompts.paused = True  # Triton's kernel, which takes less to compile, serves at first
                 self._attend(steps, known[0])
                 self._play(steps, known[:1])
                 wait(list(pool.futures))
                 self._say()
                 self._first.set()
                 self._play(steps, known[1:2])
-                ops._prefill = roles
-                self._attend(steps, known[0])
                 self._play(steps, known[1:])
-                ops.refused = True  # type: ignore[attr-defined]
+                steps.ops.refused = True  # type: ignore[attr-defined]
                 self._play(steps, known[:1])
             pool.submit(steps.one_row.prepare)
+            prompts.paused = False
+            self._attend(steps, known[0])
 
     def _say(self) -> None:
         self.note = f"kernels of the first steps: {time.perf_counter() - self._started:.2f} s, beside the weights"

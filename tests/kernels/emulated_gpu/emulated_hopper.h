@@ -8,11 +8,7 @@ static const u32 CLUSTER = DOWN * ACROSS;
 static inline u32 cluster_rank() { return self->block % CLUSTER; }
 static inline u32 cluster_index() { return self->block / CLUSTER; }
 static inline u32 cluster_count() { return static_cast<u32>(blocks.size()) / CLUSTER; }
-struct Meeting { u64 round; u32 arrived; };
-static inline Meeting& meeting(u32 number) {
-  static std::vector<Meeting> all(16 * 1024);
-  return all[self->block * 16 + number];
-}
+static inline Meeting& meeting(u32 number) { return block().meetings[number]; }
 static inline void report(u32 number, u32 threads) {
   Meeting& m = meeting(number);
   progress++;
@@ -87,7 +83,55 @@ static inline void multiply_tiles(float (&d)[BN / 2], u64 a, u64 b, u32 keep) {
     d[i] = sum;
   }
 }
-static inline void settle(float (&)[BN / 2]) {}
+template <int COUNT> static inline void settle(float (&)[COUNT]) {}
+
+// bfloat16 [third, second, columns] at `values`; boxes of 64 columns.
+struct Boxes3 { const u16* values; i64 columns, second, third, wide, deep; u8 more[80]; };
+static_assert(sizeof(Boxes3) == sizeof(TensorMap), "as large as the GPU's");
+static inline void fetch_3d(u32 target, const TensorMap* map, int column, int second, int third, u32 barrier) {
+  const Boxes3& m = *reinterpret_cast<const Boxes3*>(map);
+  if (target % 1024 || column % 64 || column >= m.columns) abort();
+  for (int i = 0; i < m.deep * m.wide * 64; i++) {
+    const i64 c = i % 64, s = second + i / 64 % m.wide, t = third + i / 64 / m.wide;
+    const u32 place = target + i * 2;
+    const u16 x = s < m.second && t < m.third ? m.values[(t * m.second + s) * m.columns + column + c] : 0;
+    memcpy(shared_memory() + (place ^ (place >> 7 & 7) << 4), &x, 2);
+  }
+  barrier_at(barrier).bytes -= static_cast<int>(m.deep * m.wide * 128);
+  settle(barrier_at(barrier));
+}
+static inline u64 columns_at(u32 address, u32 apart) { return tile_at(address) | static_cast<u64>(apart >> 4) << 32; }
+// `a`: the words of a warp's lanes; all have handed them in.
+template <int N, bool BY_COLUMNS> static inline void multiply_words(float* d, const u32 (&a)[4], u64 b, u32 keep) {
+  static u32 words[1024][32][4];
+  const u32 lane = self->thread % 32, warp = self->block * 16 + self->thread / 32;
+  memcpy(words[warp][lane], a, 16);
+  __syncwarp();
+  for (u32 i = 0; i < N / 2; i++) {
+    float sum = keep ? d[i] : 0.0f;
+    const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; k++) {
+      const u32 word = words[warp][lane / 4 * 4 + k % 8 / 2][k / 8 * 2 + i / 2 % 2];
+      const u64 box = (b & 0xFFFFFFFF) + column / 64 * (b >> 32);
+      sum += __uint_as_float(k % 2 ? word & 0xFFFF0000u : word << 16) * (BY_COLUMNS ? element(box, k, column % 64) : element(b, column, k));
+    }
+    d[i] = sum;
+  }
+  __syncwarp();
+}
+template <int BY_COLUMNS> static inline void multiply_64(float (&d)[32], u32 a, u32 b, u32 c, u32 e, u64 tile, u32 keep) {
+  multiply_words<64, BY_COLUMNS>(d, {a, b, c, e}, tile, keep);
+}
+template <int BY_COLUMNS> static inline void multiply_128(float (&d)[64], u32 a, u32 b, u32 c, u32 e, u64 tile, u32 keep) {
+  multiply_words<128, BY_COLUMNS>(d, {a, b, c, e}, tile, keep);
+}
+#define MULTIPLY_REGISTERS(N, PARTS_, A, B, KEEP)                                                                             \
+  template <int BY_COLUMNS> static inline void multiply_##N(float (&d)[N / 2], u32 a, u32 b, u32 c, u32 e, u64 tile, u32 keep) { \
+    multiply_words<N, BY_COLUMNS>(d, {a, b, c, e}, tile, keep);                                                                \
+  }
+static inline void multiply_8(float (&d)[4], u32 a, u32 b, u32 c, u32 e, u64 tile, u32 keep) {
+  multiply_words<8, false>(d, {a, b, c, e}, tile, keep);
+}
 static inline void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
   const u32 words[5] = {address, a, b, c, d};
   together(words, 5, [](u32(*in)[12], u32(*)[4]) {
@@ -99,5 +143,7 @@ static inline u32 rounded(float low, float high) { return narrow(low) | static_c
 static inline uint4 shared128(u32 address) { return read<uint4>(shared_memory() + address); }
 static inline i64 clock64() { yield(); return 0; }
 static inline void give_up() { abort(); }
+static inline void fault() { abort(); }
+static inline bool warp_any(bool x) { return warp_max(x) != 0; }
 static inline void await_kernels_before() {}
 static inline void let_next_kernel_start() {}

@@ -40,7 +40,9 @@ struct Warp {
   u64 round = 0;
   u32 in[2][32][12], out[2][32][4];
 };
+struct Meeting { u64 round = 0; u32 arrived = 0; };
 struct Block {
+  Meeting meetings[16];
   std::vector<u8> shared = std::vector<u8>(232448);
   int arrived = 0;
   u64 round = 0;
@@ -204,7 +206,11 @@ static inline void settle(Barrier& b) {
 }
 static inline void ring_init(u32 at, u32 arrivals) { barrier_at(at) = {0, static_cast<u8>(arrivals), static_cast<int16_t>(arrivals), 0}; }
 static inline void ring_ready() {}
-static inline bool ring_ready_for(u32 at, u32 parity) { return barrier_at(at).phase != parity; }
+static inline bool ring_ready_for(u32 at, u32 parity) {
+  const bool ready = barrier_at(at).phase != parity;
+  progress += ready;  // who asks goes on
+  return ready;
+}
 static inline void ring_release(u32 at, u32 count) {
   barrier_at(at).pending -= count;
   if (barrier_at(at).pending < 0) abort();

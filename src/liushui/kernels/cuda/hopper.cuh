@@ -45,6 +45,11 @@ template <bool MANY> DEVICE void fetch_2d(u32 target, const TensorMap* map, int 
   else
     box_copy(target, map, column, row, barrier);
 }
+DEVICE void fetch_3d(u32 target, const TensorMap* map, int column, int second, int third, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(target),
+      "l"(map), "r"(column), "r"(second), "r"(third), "r"(barrier) : "memory");
+}
 // Groups of eight rows, of one half of the tensor and the other in turn.
 template <bool MANY> DEVICE void fetch_pairs(u32 target, const TensorMap* map, int column, int group, u32 barrier, u32 mask) {
   if (MANY)
@@ -59,6 +64,10 @@ template <bool MANY> DEVICE void fetch_pairs(u32 target, const TensorMap* map, i
 }
 
 // -- the matrix unit of a warpgroup
+
+#ifndef VALUES
+#define VALUES "bf16"  // or f16: what is multiplied
+#endif
 
 // The register file is that of four parts of a multiprocessor: nine warps leave 168 registers for each, unless they deal.
 template <int COUNT> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
@@ -108,23 +117,42 @@ DEVICE u64 tile_at(u32 address) { return (u64)(address >> 4 & 0x3FFF) | 1ull << 
 // d [64, BN] of a warpgroup = (keep ? d : 0) + a [64, 16] b [BN, 16]^T. The host sets PARTS = BN / 16, and the numbers of the inputs.
 DEVICE void multiply_tiles(float (&d)[BN / 2], u64 a, u64 b, u32 keep) {
   asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" TEXT(IN_KEEP) ", 0;\nwgmma.mma_async.sync.aligned.m64n" TEXT(
-                   BN) "k16.f32.bf16.bf16 {" JOIN(NUMBERS_, PARTS) "}, %" TEXT(IN_A) ", %" TEXT(IN_B) ", keep, 1, 1, 0, 0;\n}"
+                   BN) "k16.f32." VALUES "." VALUES " {" JOIN(NUMBERS_, PARTS) "}, %" TEXT(IN_A) ", %" TEXT(IN_B) ", keep, 1, 1, 0, 0;\n}"
                : JOIN(SUMS_, PARTS) : "l"(a), "l"(b), "r"(keep));
 }
 // What reads the sums stays behind the wait for them.
-DEVICE void settle(float (&d)[BN / 2]) {
+template <int COUNT> DEVICE void settle(float (&d)[COUNT]) {
 #pragma unroll
-  for (int i = 0; i < BN / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
+
+// The same with `a` in registers: four words, of rows lane / 4 and 8 below by turns, columns 2 (lane % 4) and 8 further on.
+#define MULTIPLY_REGISTERS(N, PARTS_, A, B, KEEP)                                                                              \
+  template <int BY_COLUMNS> DEVICE void multiply_##N(float (&d)[N / 2], u32 a, u32 b, u32 c, u32 e, u64 tile, u32 keep) {      \
+    asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, " KEEP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N                   \
+                 "k16.f32." VALUES "." VALUES " {" NUMBERS_##PARTS_ "}, {" A "}, " B ", keep, 1, 1, %" BY_##PARTS_ ";\n}"                  \
+                 : SUMS_##PARTS_ : "r"(a), "r"(b), "r"(c), "r"(e), "l"(tile), "r"(keep), "n"(BY_COLUMNS));                     \
+  }
+#define BY_4 "38"
+#define BY_8 "70"
+MULTIPLY_REGISTERS(64, 4, "%32, %33, %34, %35", "%36", "%37")
+MULTIPLY_REGISTERS(128, 8, "%64, %65, %66, %67", "%68", "%69")
+DEVICE void multiply_8(float (&d)[4], u32 a, u32 b, u32 c, u32 e, u64 tile, u32 keep) {
+  asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %9, 0;\nwgmma.mma_async.sync.aligned.m64n8k16.f32." VALUES "." VALUES " {%0, %1, %2, %3}, "
+               "{%4, %5, %6, %7}, %8, keep, 1, 1, 0;\n}"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a), "r"(b), "r"(c), "r"(e), "l"(tile), "r"(keep));
+}
+// A tile whose rows are K (BY_COLUMNS): boxes of 64 columns, so many bytes from one to the next.
+DEVICE u64 columns_at(u32 address, u32 apart) { return tile_at(address) & ~0xFFFF0000ull | (u64)(apart >> 4) << 16; }
 
 DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
-// Two numbers as bfloat16.
+// Two numbers as bfloat16, or float16.
 DEVICE u32 rounded(float low, float high) {
   u32 x;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  asm("cvt.rn." VALUES "x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
   return x;
 }
 DEVICE uint4 shared128(u32 address) {
@@ -132,10 +160,12 @@ DEVICE uint4 shared128(u32 address) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
   return x;
 }
+DEVICE bool warp_any(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 DEVICE void meet(u32 barrier, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 DEVICE void report(u32 barrier, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 
 DEVICE void give_up() { asm volatile("trap;"); }
+DEVICE void fault() { asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(0) : "memory"); }
 
 // -- beside the kernels before and after (programmatic dependent launch)
 

@@ -1,14 +1,13 @@
 """`Ops` on an NVIDIA GPU."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from liushui.kernels.ops import PackedLinear
 from liushui.kernels.quantised import Quantised
-from liushui.kernels.triton import attention, cache, common, products, rotate, rows, sampling, vendor, wide
+from liushui.kernels.triton import attention, cache, common, products, prompts, rotate, rows, sampling, vendor, wide
 
 _FUSED_NORM = 2048
 """Longest row whose norm is formed within the product: each program forms it again."""
@@ -23,8 +22,8 @@ class TritonOps:
     def __init__(self, device: torch.device, max_num_seqs: int = 1024) -> None:
         self.device = device
         self.chained = common.pdl(device)
-        self._prefill = _warp_roles(device)
-        self.note = "Triton kernels" + (", warps with roles for prompts' attention" if self._prefill else "")
+        self.prompts = prompts.Prompts(device)
+        self.note = "Triton kernels"
         self.arrived = torch.zeros(max_num_seqs * 256, dtype=torch.int32, device=device)
         """Zero before and after every kernel: where programs that share a result count themselves."""
         self.feed = torch.zeros(1, dtype=torch.int32, device=device)
@@ -72,9 +71,7 @@ class TritonOps:
             attention.decode(shape, *batch, self.arrived, self.chained)
             if qkv.shape[0] == seq_lens.shape[0]:  # every sequence feeds one token
                 return out
-            roles = self._prefill
-            served = roles is not None and roles.serves(shape, qkv.dtype, window)
-            if not served or not roles.prefill(shape, *batch[:-1], self.chained):  # False: still to be compiled
+            if not self.prompts.attend(shape, *batch):  # not its kind, or still to be compiled
                 attention.chunks(shape, *batch, self.chained)
         return out
 
@@ -212,14 +209,3 @@ class TritonOps:
             if (rows := ", ".join(str(count) for count, one in sorted(choices.items()) if one is not None))
         ]  # fmt: skip
         return [*lines, *together, *self.forms.report()]
-
-
-def _warp_roles(device: torch.device) -> Any:
-    """The module `prefill` where its kernel runs, else None."""
-    if common.INTERPRETED:
-        return None
-    try:
-        from liushui.kernels.triton import prefill
-    except ImportError:  # an older Triton
-        return None
-    return prefill if prefill.available(device) else None

@@ -1,4 +1,4 @@
-"""The kernel with warp roles: the same bits as the plain kernel, and close to float64. Only a Hopper runs it."""
+"""On a Hopper GPU: attention of prompts in CUDA C++ has the bits of Triton's, and is close to float64."""
 
 import random
 
@@ -7,18 +7,18 @@ import torch
 
 pytest.importorskip("triton")
 
+from liushui.kernels.cuda import nvrtc
+from liushui.kernels.cuda.prefill import Prefill
 from liushui.kernels.triton import attention
 from tests.kernels.paged import Heads, Sequence, Share, attend
-from tests.kernels.triton_support import COMPILED, DEVICE, close, on_device, ops
+from tests.kernels.triton_support import DEVICE, close, on_device, ops
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not COMPILED or ops()._prefill is None, reason="needs a Hopper GPU and its Triton"),
-]
+_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not _HOPPER, reason="needs a Hopper GPU")]
 
 
 class Both:
-    """Every row by the plain kernels, and the rows of chunks once more by the one with roles."""
+    """Every row by Triton's kernels, and the rows of chunks once more by the other, also from a graph."""
 
     def attention(self, qkv, hq, hk, d, k, v, starts, lens, table, scale, window):
         qkv, k, v, starts, lens, table = map(on_device, (qkv, k, v, starts, lens, table))
@@ -27,15 +27,24 @@ class Both:
         arrived = torch.zeros(len(lens) * hk, dtype=torch.int32, device=DEVICE)
         batch = (qkv, k, v, plain, starts, lens, table, scale)
         attention.decode(shape, *batch, window, arrived, ops().chained)
-        roles = plain.clone()
+        found = plain.clone()
         attention.chunks(shape, *batch, window, ops().chained)
-        assert ops()._prefill.serves(shape, qkv.dtype, window)
-        ops()._prefill.prefill(shape, qkv, k, v, roles, *batch[4:], ops().chained)
-        assert torch.equal(roles, plain)
-        return roles
+        form = ops().prompts.form(shape, qkv.dtype, window)
+        one = Prefill(form, DEVICE, nvrtc.machine_code("prefill.cu", form.defines(), (9, 0)))
+        rest = (*batch[4:-1], scale * attention.LOG2E)
+        again, graph = found.clone(), torch.cuda.CUDAGraph()
+        one(qkv, k, v, found, *rest)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            one(qkv, k, v, again, *rest)
+        for _ in range(3):
+            graph.replay()
+        assert torch.equal(found, plain)
+        assert torch.equal(again, plain)
+        return found
 
 
-HEADS = [Heads(8, 2, 128), Heads(6, 2, 64), Heads(2, 2, 128), Heads(14, 2, 64)]
+HEADS = [Heads(8, 2, 128), Heads(6, 2, 64), Heads(2, 2, 128), Heads(14, 2, 64), Heads(4, 2, 128)]
 
 
 @pytest.mark.parametrize(("dtype", "heads"), [(torch.bfloat16, heads) for heads in HEADS] + [(torch.float16, HEADS[1])])
