@@ -36,15 +36,15 @@ WORTH = 0.985
 """The share of the first choice's time below which another algorithm is taken."""
 _REPEATS = 7
 """Of the likeliest, where they take less than a millisecond."""
-_CAPTURED_ROWS = 1024
-"""Most rows that are timed as a graph."""
 _TRIAL_ROWS = 64
 """Different rows in a trial; larger ones repeat them."""
 _SAMPLE_ROWS = 256
 _CACHE_BYTES = 2**27
-"""Written before each timed product, so that its weights come from memory, as they do in a step."""
-_HEAD_START = 4
-"""Times that it is written, a fifth of a millisecond: the host is to be ahead of the device when that is timed."""
+"""Read before each timed product, so that its weights come from memory, as they do in a step."""
+_HEAD_START = 16
+"""Times that it is read, 0.7 ms: the host is to be ahead of the device when kernels of a few microseconds are timed."""
+_NEAR_ROWS = 256
+"""Most rows of the small kernels around it."""
 _ALIGNED = 256
 """Bytes: what cuBLASLt's offers take for granted of addresses; torch's allocations begin so."""
 # Of cublasLt.h, library_types.h and cublas_api.h.
@@ -311,51 +311,23 @@ class _Timer:
     """Milliseconds of a product between two small kernels, its weights not in the cache.
 
     Alone, the vendor's looks better than it is: one that may begin while the kernel before it ends (programmatic
-    dependent launch) has its first weights by then. Few rows take less time than their launches do: from a graph.
+    dependent launch) has its first weights by then.
     """
 
     def __init__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         size = min(weight.shape)  # most likely the model's own, whose norm is compiled already
-        self.cache = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=x.device)
-        self.near, self.factor = x.new_zeros(x.shape[0], size), x.new_ones(size)
+        self.cache = torch.zeros(_CACHE_BYTES // 4, dtype=torch.float32, device=x.device)
+        self.near, self.factor = x.new_zeros(min(len(x), _NEAR_ROWS), size), x.new_ones(size)
         self.inputs, self.chained = (x, weight, bias), pdl(x.device)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] | None = {} if x.shape[0] <= _CAPTURED_ROWS else None
-        self.stream, self.pool = _side(x.device), torch.cuda.graph_pool_handle()
 
     def __call__(self, product: Product) -> float:
-        if self.graphs is not None and id(product) not in self.graphs:
-            self.graphs[id(product)] = self._captured(product)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(_HEAD_START):
-            self.cache.zero_()
+            self.cache.amax()  # not written to: the product would wait for what is to be written back
         start.record()
-        if self.graphs is None:
-            self._launch(product)
-        else:
-            self.graphs[id(product)].replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    def _launch(self, product: Product) -> None:
         rms_norm(self.near, self.factor, 1e-6, None, False, self.chained)
         product(*self.inputs)
         rms_norm(self.near, self.factor, 1e-6, None, False, self.chained)
-
-    def _captured(self, product: Product) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self._launch(product)  # compiles, and allocates what stays
-            graph.capture_begin(self.pool, capture_error_mode="thread_local")
-            try:
-                self._launch(product)
-            finally:
-                graph.capture_end()
-        return graph
-
-
-@lru_cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: the vendor keeps memory for each stream that it was called on."""
-    return torch.cuda.Stream(device)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
