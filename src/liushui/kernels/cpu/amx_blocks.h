@@ -118,10 +118,11 @@ LS_INLINE void begin_sums(const uint32_t* sums) {
   }
 }
 
-template <int kLines>
+// kCache 3: to the nearest cache, 2: to the one behind it.
+template <int kLines, int kCache = 3>
 LS_INLINE void fetch_lines(const void* p) {
 #pragma GCC unroll 32
-  for (int i = 0; i < kLines; i++) __builtin_prefetch((const char*)p + i * 64, 0, 3);
+  for (int i = 0; i < kLines; i++) __builtin_prefetch((const char*)p + i * 64, 0, kCache);
 }
 
 // Expands the tiles of a panel, or of several that lie one after the other, in order: two of each group.

@@ -123,37 +123,57 @@ LS_INLINE void wide_scales(const uint8_t* group, const uint8_t* header, int c, f
   }
 }
 
+// What an index of bytes is made with: the bits that stay, and those of an even and of an odd column.
+struct IndexBits {
+  __m512i keep, even, odd;
+
+  // Read from memory: to make them takes the unit that looks up.
+  LS_INLINE IndexBits() {
+    alignas(64) static constexpr auto kBits = [] {
+      struct Lines {
+        uint8_t at[3][64];
+      } lines = {};
+      for (int i = 0; i < 64; i++)
+        lines.at[0][i] = 0x1e, lines.at[1][i] = (uint8_t)(i % 2), lines.at[2][i] = (uint8_t)(32 + i % 2);
+      return lines;
+    }();
+    const uint8_t* bits = kBits.at[0];
+    asm("" : "+r"(bits));
+    keep = _mm512_loadu_si512(bits), even = _mm512_loadu_si512(bits + 64), odd = _mm512_loadu_si512(bits + 128);
+  }
+};
+
 // Four columns of 4 bits. look_up: the values of one, from a table of two: 16 of an even column, 16 of the odd one.
 // A word's bytes are looked up each by itself, by 2 q and 2 q + 1, and 32 more for the second column. Bytes of both are
 // taken from where 2 q stands, with the bits around it.
 struct FourColumns {
+  const IndexBits& bits;
   __m512i packed;
 
-  LS_INLINE explicit FourColumns(const uint8_t* from) : packed(_mm512_loadu_si512(from)) {}
+  LS_INLINE FourColumns(const IndexBits& bits, const uint8_t* from) : bits(bits), packed(_mm512_loadu_si512(from)) {}
 
   template <int kColumn>
-  LS_INLINE vw look_up(vf low, vf high) const {
+  LS_INLINE void look_up(vf low, vf high, bf16* to) const {
     constexpr uint64_t at = 4 * kColumn + 63;  // of the first word, as all modulo 64
     constexpr uint64_t words = at % 64 | (at + 16) % 64 << 16 | (at + 32) % 64 << 32 | (at + 48) % 64 << 48;
     const __m512i bytes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64((long long)(words * 0x0101)), packed);
     constexpr int kAndOr = 0xea;
-    const __m512i index = _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi8(0x1e),
-                                                    _mm512_set1_epi16(kColumn % 2 ? 0x2120 : 0x0100), kAndOr);
-    return (vw)_mm512_permutexvar_epi8(index, (__m512i)words_of(low, high));
+    const __m512i index = _mm512_ternarylogic_epi32(bytes, bits.keep, kColumn % 2 ? bits.odd : bits.even, kAndOr);
+    _mm512_storeu_si512(to + kColumn * 32, _mm512_permutexvar_epi8(index, (__m512i)words_of(low, high)));
   }
 };
 
 // Four columns of 4 bits. `scales`, `minima`: theirs. Two by two, since rounding takes two vectors.
 template <int kPlain>
-LS_INLINE void expand_four(const uint8_t* from, vf q, const float* scales, const float* minima, bf16* to) {
-  const FourColumns four(from);
+LS_INLINE void expand_four(const IndexBits& bits, const uint8_t* from, vf q, const float* scales, const float* minima,
+                           bf16* to) {
+  const FourColumns four(bits, from);
   vf values[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++)
     values[i] = kPlain == liushui::kInt4 ? q * scales[i] : fma(q, splat(scales[i]), splat(minima[i]));
-  const vw columns[4] = {four.look_up<0>(values[0], values[1]), four.look_up<1>(values[0], values[1]),
-                         four.look_up<2>(values[2], values[3]), four.look_up<3>(values[2], values[3])};
-  memcpy((void*)to, columns, sizeof columns);
+  four.look_up<0>(values[0], values[1], to), four.look_up<1>(values[0], values[1], to);
+  four.look_up<2>(values[2], values[3], to), four.look_up<3>(values[2], values[3], to);
 }
 
 // Columns 16 half to 16 half + 15 of a group -> [16][32 values], a tile as a product's first factor, or (weight_second)
@@ -169,11 +189,12 @@ LS_INLINE void expand_tile(const uint8_t* group, const uint8_t* header, int half
   asm("" : "+r"(scales) : : "memory");  // read one by one from memory: that is not the port which looks up
   group += half * (layout.values / 2);
   if constexpr (layout.values == 512) {
+    const IndexBits bits;
     vf q;
     for (int i = 0; i < W; i++) q[i] = (float)(i - (kPlain == liushui::kInt4 ? 8 : 0));
 #pragma GCC unroll 4
     for (int c = 0; c < kHalf; c += 4)
-      expand_four<kPlain>(group + c * 16, q, scales + c, scales + 2 * kHalf + c, to + c * 32);
+      expand_four<kPlain>(bits, group + c * 16, q, scales + c, scales + 2 * kHalf + c, to + c * 32);
   } else {
 #pragma GCC unroll 16
     for (int c = 0; c < kHalf; c++) {
