@@ -6,7 +6,7 @@
 //
 // A panel holds 32 columns, group after group of 32 values of k; a group: its values, then its scales, then its minima,
 // 32 each. Values of 4 bits lie in 8 vectors of 32 words: word i of vector j has value i of columns 4 j to 4 j + 3.
-// Those of 8 bits with a scale in float16: expand_bytes.h.
+// Those of 8 bits: expand_bytes.h.
 //
 // Beside tile instructions a core of Sapphire Rapids has one unit for float operations on 512 bits, not two (16 of them
 // take 16.5 cycles then, else 8.2), while shuffles, logic and conversion to bfloat16 take what they take without. A lookup
@@ -41,7 +41,7 @@ constexpr WideLayout wide_layout(int plain) {
 }
 
 // Whether the weight is a product's second factor, pairs of k of 16 columns, and rows of x the first.
-constexpr bool weight_second(int plain) { return plain == liushui::kInt8; }
+constexpr bool weight_second(int plain) { return plain == liushui::kInt8 || plain == liushui::kInt6K; }
 
 inline long wide_panel_bytes(const PackedWeight& w) {
   const WideLayout layout = wide_layout(plain_format(w.format));
@@ -61,10 +61,6 @@ struct WideColumn {
     uint8_t* to = panel + layout.at(g);
     if (weight_second(plain)) {
       for (int i = 0; i < 32; i++) to[column / 16 * 512 + byte_place(column % 16, i)] = (uint8_t)(q[i] ^ kByteFlip);
-      return;
-    }
-    if (!format.nibbles) {
-      memcpy(to + column * 32, q, 32);
       return;
     }
     typedef uint8_t vb __attribute__((vector_size(32)));
@@ -181,27 +177,23 @@ LS_INLINE void expand_four(const IndexBits& bits, const uint8_t* from, vf q, con
 template <int kPlain>
 LS_INLINE void expand_tile(const uint8_t* group, const uint8_t* header, int half, bf16* to) {
   constexpr WideLayout layout = wide_layout(kPlain);
-  if constexpr (weight_second(kPlain))
-    return expand_pairs(group + half * (layout.values / 2), (const uint16_t*)(group + layout.values) + half * kHalf, to);
+  const uint8_t* values = group + half * (layout.values / 2);
   alignas(64) float held[3 * kHalf];
   wide_scales<kPlain>(group, header, half * kHalf, held, held + 2 * kHalf);
-  const float* scales = held;
-  asm("" : "+r"(scales) : : "memory");  // read one by one from memory: that is not the port which looks up
-  group += half * (layout.values / 2);
-  if constexpr (layout.values == 512) {
+  if constexpr (kPlain == liushui::kInt8) {
+    expand_pairs<true>(values, load(held), 16, to);
+  } else if constexpr (kPlain == liushui::kInt6K) {
+    expand_pairs<false>(values, load(held), 8, to);
+    expand_pairs<false>(values + 256, load(held + kHalf), 8, to + 256);
+  } else {
+    const float* scales = held;
+    asm("" : "+r"(scales) : : "memory");  // read one by one from memory: that is not the port which looks up
     const IndexBits bits;
     vf q;
     for (int i = 0; i < W; i++) q[i] = (float)(i - (kPlain == liushui::kInt4 ? 8 : 0));
 #pragma GCC unroll 4
     for (int c = 0; c < kHalf; c += 4)
-      expand_four<kPlain>(bits, group + c * 16, q, scales + c, scales + 2 * kHalf + c, to + c * 32);
-  } else {
-#pragma GCC unroll 16
-    for (int c = 0; c < kHalf; c++) {
-      const int8_t* q = (const int8_t*)group + c * 32;
-      const vw row = words_of(load_small(q) * scales[c], load_small(q + W) * scales[kHalf + c]);
-      memcpy((void*)(to + c * 32), &row, 64);
-    }
+      expand_four<kPlain>(bits, values + c * 16, q, scales + c, scales + 2 * kHalf + c, to + c * 32);
   }
 }
 
@@ -212,7 +204,6 @@ template <int kPlain>
 int wide_value(const uint8_t* group, int column, int at) {
   if constexpr (weight_second(kPlain))
     return (int8_t)(group[column / 16 * 512 + byte_place(column % 16, at)] ^ kByteFlip);
-  if constexpr (wide_layout(kPlain).values == 1024) return (int8_t)group[column * 32 + at];
   const uint8_t nibbles = group[column / 4 * 64 + at * 2 + column % 4 / 2];
   return (nibbles >> column % 2 * 4 & 15) - (kPlain == liushui::kInt4 ? 8 : 0);
 }

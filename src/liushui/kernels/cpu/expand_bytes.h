@@ -1,4 +1,4 @@
-// int8 with a scale in float16 as bfloat16: tiles of pairs of k, as the second factor of a product has them.
+// Values of 8 bits as bfloat16: tiles of pairs of k, as the second factor of a product has them.
 //
 // A vector of 64 bytes holds 16 columns with four values of k, ready to be spread within its quarters: byte 4 d + j of
 // quarter i is value 2 (j / 2) + d % 2 of column 8 (j % 2) + 2 i + d / 2. 128 has been added to it.
@@ -37,22 +37,23 @@ LS_INLINE vf above_32768(vw bytes) {
   return (vf)_mm512_mask_shuffle_epi8(base, 0x2222222222222222, (__m512i)bytes, order);
 }
 
-// Scales, and what is added to products with them, 32768 + 128 having been too much. (That, too, is exact: 11 bits
-// times 9.)
+// Times a scale, what is 32768 + 128 too much. kShort: scales of 11 bits; that times them is exact then (9 bits more).
+template <bool kShort>
 struct ByteScales {
+  static constexpr float kTooMuch = 32896.0f;
   vf scale, less;
 
-  LS_INLINE explicit ByteScales(vf scale) : scale(scale), less(scale * -32896.0f) {}
-  LS_INLINE vf operator()(vf above) const { return fma(above, scale, less); }
+  LS_INLINE explicit ByteScales(vf scale) : scale(scale), less(scale * -kTooMuch) {}
+  LS_INLINE vf operator()(vf above) const { return kShort ? fma(above, scale, less) : (above - kTooMuch) * scale; }
 };
 
-// 16 columns of a group -> [16 pairs of k][column][2].
-LS_INLINE void expand_pairs(const uint8_t* values, const uint16_t* held, bf16* to) {
-  const vf s = load_half(held);
-  const ByteScales low(__builtin_shufflevector(s, s, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7));
-  const ByteScales high(__builtin_shufflevector(s, s, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15));
+// 16 columns of a group, or of `count` pairs of k of it, with their scales [16] -> [pair of k][column][2].
+template <bool kShort>
+LS_INLINE void expand_pairs(const uint8_t* values, vf s, int count, bf16* to) {
+  const ByteScales<kShort> low(__builtin_shufflevector(s, s, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7));
+  const ByteScales<kShort> high(__builtin_shufflevector(s, s, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15));
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
+  for (int i = 0; i < count / 2; i++) {
     vw bytes;
     memcpy(&bytes, values + i * 64, sizeof bytes);
     const vw pairs[2] = {words_of(low(above_32768<0>(bytes)), high(above_32768<1>(bytes))),
