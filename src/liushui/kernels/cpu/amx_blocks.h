@@ -17,7 +17,7 @@ constexpr long kWideTile = kWideChunk / 2;
 constexpr long kWideDepth = 18;     // chunks that are expanded at a time, to stay in the nearest cache
 constexpr long kTilesAhead = 3;     // expanded before one is multiplied; 1 to 15 take the same time, within 4 %
 constexpr long kTileRing = 4;       // tiles kept where nobody needs them a second time
-constexpr long kFetchAhead = 8192;  // bytes of the packed weight; 2 to 16 KiB make no difference
+constexpr long kFetchAhead = 8192;  // bytes of the packed weight; 2 to 16 KiB, or in two stages, make no difference
 constexpr long kFetchRows = 2;      // chunks of x: a tile from the second cache takes far longer than its products
 
 // Rows of x as the second factor, [tile of 16 rows][chunk][k / 2 % 16][row][k % 2], or as the first one, [tile][chunk]
@@ -118,11 +118,10 @@ LS_INLINE void begin_sums(const uint32_t* sums) {
   }
 }
 
-// kCache 3: to the nearest cache, 2: to the one behind it.
-template <int kLines, int kCache = 3>
+template <int kLines>
 LS_INLINE void fetch_lines(const void* p) {
 #pragma GCC unroll 32
-  for (int i = 0; i < kLines; i++) __builtin_prefetch((const char*)p + i * 64, 0, kCache);
+  for (int i = 0; i < kLines; i++) __builtin_prefetch((const char*)p + i * 64, 0, 3);
 }
 
 // Expands the tiles of a panel, or of several that lie one after the other, in order: two of each group.

@@ -9,7 +9,6 @@
 namespace {
 
 constexpr long kLonePanels = 64;  // before their sums are put out
-constexpr long kFetchNear = 2048;  // bytes, from the second cache
 constexpr int kMostHelping = 15;  // workers: two bits each
 
 // Makes the tiles of panels that follow each other, or (kTwo) of such pairs: a group of the one, then of the other.
@@ -28,15 +27,10 @@ struct LoneMaker {
     if (group == end) return;
     constexpr WideLayout layout = wide_layout(kPlain);
     constexpr long kBytes = (layout.group + layout.header / 8) / 2;
-    constexpr int kSecond = kWhich % 2, kLines = (int)((kBytes + 63) / 64);
+    constexpr int kSecond = kWhich % 2;
     const long g = kWhich < 2 ? group : group + apart;
     const uint8_t* held = weight + layout.at(g);
-    if (weight_second(kPlain)) {  // read as fast as memory gives it
-      fetch_lines<kLines>(held + kSecond * kBytes + kFetchNear);
-      fetch_lines<kLines, 2>(held + kSecond * kBytes + kFetchAhead);
-    } else {
-      fetch_lines<kLines>(held + kSecond * kBytes + kFetchAhead);
-    }
+    fetch_lines<(int)((kBytes + 63) / 64)>(held + kSecond * kBytes + kFetchAhead);
     expand_tile<kPlain>(held, weight + layout.header_at(g), kSecond, (bf16*)place(next++));
     if (kWhich == (kTwo ? 3 : 1)) group++;
   }

@@ -5,7 +5,8 @@
 //
 // Beside tile instructions a core of Sapphire Rapids does two simple operations a cycle, one fused one and one shuffle;
 // conversion takes the shuffles' unit twice. So what can be cut out in place is not shuffled. Without tiles a lone row
-// takes longer: VDPBF16PS, with the same bits, needs that unit twice, too (16 x 32 weights in 44 ns; with tiles in 33).
+// takes longer: VDPBF16PS, in whose chains of two steps TDPBF16PS's bits can be had, needs that unit twice, too (16 x 32
+// weights in 44 ns; with tiles in 33).
 #pragma once
 #include "quant.h"
 
