@@ -202,13 +202,6 @@ struct Worker {
   DEVICE Worker(const Shared& shared, const Call& c, int w)
       : s(shared), call(c), worker(w), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {}
 
-  // PING_PONG: warpgroups start their products in turn.
-  DEVICE void in_turn() const {
-    if (PING_PONG) meet(4 + worker, 256);
-  }
-  DEVICE void next_turn() const {
-    if (PING_PONG) report(4 + (worker + 1) % WORKERS, 256);
-  }
   DEVICE void release(u32 barrier) const {
     if (threadIdx.x % 128 == 0) ring_release(barrier, 1);
   }
@@ -387,10 +380,8 @@ struct Worker {
 #pragma unroll 1
     for (int i = 1; i < tiles; i++) {
       const bool begins = i % (SPLIT / TILE) == 0;
-      in_turn();
       score(scores);
       weigh((i - 1) % (SPLIT / TILE) != 0);
-      next_turn();
       scored<1>(scores);
       if (!IN_REGISTERS && i == tiles - 1) release_queries();
       if (begins) split[0] = m[0], split[1] = m[1], m[0] = m[1] = MINUS_INFINITY;
@@ -408,7 +399,7 @@ struct Worker {
     if (tiles * TILE > x.high) clean(x.high);
     weigh((tiles - 1) % (SPLIT / TILE) != 0);
     weighed();
-    for (int i = tiles; i * TILE < x.high; i++) in_turn(), next_turn(), pass();
+    for (int i = tiles; i * TILE < x.high; i++) pass();
     return tiles;
   }
   // Wait for the next queries and start their first scores. False: there are none.
@@ -421,7 +412,6 @@ struct Worker {
   }
   // Tiles of queries one after the other: while one ends, the next one's first scores are on their way.
   DEVICE void work() {
-    if (PING_PONG && worker == WORKERS - 1) next_turn();
     Scores scores;
     if (!begin(0, scores)) return;
     scored<0>(scores);

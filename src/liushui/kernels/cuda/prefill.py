@@ -26,8 +26,6 @@ class Form:
     """Warpgroups of a block."""
     stages: tuple[int, int] = (4, 4)
     """Tiles of keys, and of values, on their way or in use."""
-    ping_pong: bool = False
-    """Warpgroups start their products in turn."""
     half: bool = False
     """Values are float16; else bfloat16."""
 
@@ -54,8 +52,7 @@ class Form:
         return {
             "DIM": self.head_dim, "HEADS": self.num_heads, "KV_HEADS": self.num_kv_heads, "PADDED": self.padded,
             "BLOCK": self.block_size, "WORKERS": self.workers, "K_STAGES": self.stages[0], "V_STAGES": self.stages[1],
-            "PING_PONG": int(self.ping_pong), "HALF": int(self.half),
-            "CHAINED": 1, "GUARD": 0,
+            "HALF": int(self.half), "CHAINED": 1, "GUARD": 0,
         }  # fmt: skip
 
 
