@@ -4,7 +4,6 @@ import ctypes
 import math
 import shutil
 import subprocess
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from liushui.kernels.cuda.gemm import Form, Gemm
 from liushui.kernels.triton import products, vendor, wide
 from liushui.kernels.triton import rows as row_kernels
 from liushui.kernels.triton.ops import TritonOps
-from tests.kernels.triton_support import DEVICE, close, on_device
+from tests.kernels.triton_support import DEVICE, Compiler, close, on_device
 
 EMULATION = Path(__file__).parent / "emulated_gpu"
 
@@ -91,19 +90,6 @@ def test_forms_that_are_tried_fit_the_gpu(rows: int, columns: int, k: int, gated
         assert math.prod(form.clusters(rows, columns)) > 0
 
 
-class Compiler:
-    """Compilations that end when told to."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Form, Future[bytes]]] = []
-
-    def submit(self, _: Any, name: str, defines: dict[str, int], capability: tuple[int, int]) -> Future[bytes]:
-        assert (name, capability) == ("gemm.cu", (9, 0))
-        future: Future[bytes] = Future()
-        self.asked.append((defines, future))
-        return future
-
-
 class Right:
     """A form whose bits are those of the separate kernels, or not."""
 
@@ -121,13 +107,13 @@ class Right:
 
 @pytest.mark.parametrize("code", [b"right", b"wrong", b"refused", b"none", b"odd"])
 def test_a_form_serves_once_it_is_compiled_and_right(code: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    ops, compiler = TritonOps(DEVICE), Compiler()
+    ops, compiler = TritonOps(DEVICE), Compiler("gemm.cu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(wide, "Gemm", Right)
     monkeypatch.setattr(wide, "FITS", (torch.float32,))
     monkeypatch.setattr(wide, "forms", lambda *sizes: [Form(48, gated=sizes[-1])])
     monkeypatch.setattr(vendor, "_fastest", lambda found, *_: found[-1])
-    monkeypatch.setattr(ops.forms, "_pool", compiler)
+    compiler.serve(ops.forms, monkeypatch)
     x, packed = on_device(torch.randn(128, 64)), ops.pack_linear(on_device(torch.randn(96, 64)))
     separate = ops.linear_then(x, packed, None, ops.silu_mul)
     assert not compiler.asked, "the first use waits for nothing"
@@ -135,7 +121,7 @@ def test_a_form_serves_once_it_is_compiled_and_right(code: bytes, monkeypatch: p
     changed = []
     for _ in range(8):
         changed.append(ops.try_forms())
-        for _, future in compiler.asked:
+        for future in compiler.asked:
             if not future.done():
                 close(ops.linear_then(x, packed, None, ops.silu_mul), separate, 1e-6)
                 if code == b"none":

@@ -4,7 +4,6 @@ import ctypes
 import random
 import shutil
 import subprocess
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from liushui.kernels.cuda.prefill import Form, Prefill
 from liushui.kernels.triton import attention, prompts
 from liushui.kernels.triton.ops import TritonOps
 from tests.kernels.paged import Heads, Sequence, Share, attend
-from tests.kernels.triton_support import DEVICE, close, on_device
+from tests.kernels.triton_support import DEVICE, Compiler, close, on_device
 
 EMULATION = Path(__file__).parent / "emulated_gpu"
 
@@ -105,18 +104,6 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> prompts.Prompts:
     return prompts.Prompts(torch.device("cuda"))
 
 
-class Compiler:
-    """A compilation that ends when told to."""
-
-    def __init__(self) -> None:
-        self.futures: list[Future[bytes]] = []
-
-    def submit(self, _: Any, name: str, defines: dict[str, int], capability: tuple[int, int]) -> Future[bytes]:
-        assert (name, capability) == ("prefill.cu", (9, 0))
-        self.futures.append(Future())
-        return self.futures[-1]
-
-
 class Loaded:
     """A kernel that notes that it was launched."""
 
@@ -134,10 +121,9 @@ class Loaded:
 @pytest.mark.parametrize("code", [b"right", b"refused", b"none"])
 def test_it_serves_once_it_is_compiled(code: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until then, and where it cannot be had, the others serve, and no step is captured as a graph before."""
-    ops, compiler, heads = TritonOps(DEVICE), Compiler(), Heads(2, 1, 64)
+    ops, compiler, heads = TritonOps(DEVICE), Compiler("prefill.cu"), Heads(2, 1, 64)
     ops.prompts = on_hopper(monkeypatch)
-    monkeypatch.setattr(ops.prompts, "_pool", compiler)
-    monkeypatch.setattr(prompts.Prompts, "_code", {})
+    compiler.serve(ops.prompts, monkeypatch)
     monkeypatch.setattr(prompts, "Prefill", Loaded)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     share = Share(Sequence.random(heads, 5, torch.float16, 1), 0, 5)
@@ -153,12 +139,12 @@ def test_it_serves_once_it_is_compiled(code: bytes, monkeypatch: pytest.MonkeyPa
     first = run()
     close(first, share.sequence.expected(0.125, None), 1.6e-2)
     assert torch.equal(run(), first)
-    assert len(compiler.futures) == 1
+    assert len(compiler.asked) == 1
     assert ops.prompts.coming
     if code == b"none":
-        compiler.futures[0].set_exception(CudaUnavailableError("no compiler"))
+        compiler.asked[0].set_exception(CudaUnavailableError("no compiler"))
     else:
-        compiler.futures[0].set_result(code)
+        compiler.asked[0].set_result(code)
     assert ops.prompts.coming, "not before it was launched"
     then = run()
     assert not ops.prompts.coming

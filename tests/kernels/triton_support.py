@@ -1,6 +1,8 @@
 """Triton kernels under test: compiled where there is a GPU, else in Triton's interpreter (see tests/conftest.py)."""
 
+from concurrent.futures import Future
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,23 @@ def _accept_new_numpy() -> None:
 
 if not COMPILED:
     _accept_new_numpy()
+
+
+class Compiler:
+    """Compilations of one CUDA file that end when told to."""
+
+    def __init__(self, source: str) -> None:
+        self.source, self.asked = source, list[Future[bytes]]()
+
+    def serve(self, behind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Compile for `behind`, a `cuda.behind.Behind`, of which nothing was compiled before."""
+        monkeypatch.setattr(behind, "_pool", self)
+        monkeypatch.setattr(type(behind), "_code", {})
+
+    def submit(self, _: Any, name: str, defines: dict[str, int], capability: tuple[int, int]) -> Future[bytes]:
+        assert (name, capability) == (self.source, (9, 0))
+        self.asked.append(Future())
+        return self.asked[-1]
 
 
 @cache

@@ -11,9 +11,9 @@ from liushui.errors import ParameterError
 MAX_N = 128
 MAX_LOGPROBS = 64
 MAX_STOPS = 64
+MAX_LOGIT_BIAS = 1024
 LEAST_REPETITION_PENALTY = 0.01
 """Logits are divided by it: by far less, float32 would overflow."""
-MAX_LOGIT_BIAS = 1024
 
 
 class FinishReason(StrEnum):
@@ -67,7 +67,7 @@ class SamplingParams(_Given):
     """0 or -1: all tokens."""
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    """Divides (or, when negative, multiplies) the logit of every token seen in prompt or output."""
+    """Divides (or, when negative, multiplies) the logit of every token seen in prompt or output; 0.01 to 100."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None

@@ -4,14 +4,10 @@ It is compiled in a thread of its own at its first use. Without NVRTC, or where 
 serving: the bits are the same.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
-from typing import ClassVar
-
 import torch
 
 from liushui.kernels.cuda import CudaUnavailableError
-from liushui.kernels.cuda.nvrtc import machine_code
+from liushui.kernels.cuda.behind import Behind
 from liushui.kernels.cuda.prefill import ROWS, TILE, Form, Prefill
 from liushui.kernels.triton import attention
 
@@ -19,20 +15,13 @@ _ALIGNED = 16
 """Bytes: what the copy engine asks of addresses."""
 
 
-class Prompts:
-    """The kernel on one device, for each shape of heads that came."""
-
-    _code: ClassVar[dict[Form, Future[bytes]]] = {}
-    """For all devices: what a model without weights asked for serves the one with weights."""
+class Prompts(Behind):
+    """The kernel on one device, for each shape of heads that came. `note`: why it does not serve."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.note = ""
-        """Why it does not serve."""
+        super().__init__("prefill.cu", device)
         self.paused = False
         """Nothing is to be compiled yet."""
-        on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-        self._pool = ThreadPoolExecutor(1, "liushui-prompts") if on_hopper else None
         self._made: dict[Form, Prefill] = {}
         self._asked: set[Form] = set()
 
@@ -46,7 +35,7 @@ class Prompts:
             and (attention.BN, attention.SPLIT) == (TILE, 512)
             and shape.group <= ROWS
         )
-        if self._pool is None or self.note or self.paused or not fits:
+        if not self.possible or self.paused or not fits:
             return None
         sizes = (shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size)
         workers, stages = (3, (3, 2)) if shape.head_dim == 128 and shape.group > 2 else (2, (4, 4))  # on an H100
@@ -56,10 +45,6 @@ class Prompts:
     def coming(self) -> bool:
         """Whether a kernel is being compiled, or to be loaded at its next use."""
         return not self.note and len(self._made) < len(self._asked)
-
-    def wait(self) -> None:
-        """For what is being compiled."""
-        wait_for(list(self._code.values()))
 
     def attend(
         self, shape: attention.Shape, qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
@@ -85,13 +70,12 @@ class Prompts:
             return True
         self._asked.add(form)
         try:
-            if form not in self._code and self._pool is not None:
-                self._code[form] = self._pool.submit(machine_code, "prefill.cu", form.defines(), (9, 0))
-            if bare or not self._code[form].done() or torch.cuda.is_current_stream_capturing():
+            code = self.code(form)
+            if bare or code is None or torch.cuda.is_current_stream_capturing():
                 return False
-            self._made[form] = Prefill(form, self.device, self._code[form].result())
+            self._made[form] = Prefill(form, self.device, code)
         except Exception as error:  # no compiler, no room, the process ends: what serves goes on serving
-            self.note = (str(error) or repr(error)).splitlines()[0]
+            self.give_up(error)
             return False
         return True
 

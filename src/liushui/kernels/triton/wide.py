@@ -6,15 +6,13 @@ fastest serves. Without NVRTC, or where a form cannot be had, what serves goes o
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 
 import torch
 
 from liushui.kernels.cuda import CudaUnavailableError
+from liushui.kernels.cuda.behind import Behind
 from liushui.kernels.cuda.gemm import Form, Gemm, forms
-from liushui.kernels.cuda.nvrtc import machine_code
 from liushui.kernels.triton import products, vendor
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -66,16 +64,11 @@ class Untried:
     gated: bool = False
 
 
-class Forms:
-    """The forms on one device."""
+class Forms(Behind):
+    """The forms on one device. `note`: why no more are tried."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.note = ""
-        """Why no more are tried."""
-        on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-        self._pool = ThreadPoolExecutor(1, "liushui-gemm") if on_hopper else None
-        self._code: dict[Form, Future[bytes]] = {}
+        super().__init__("gemm.cu", device)
         self._made: dict[Form, Gemm] = {}
 
     def wanted(self, rows: int, weight: torch.Tensor, gated: bool = False) -> list[Form]:
@@ -83,7 +76,7 @@ class Forms:
         n, k = weight.shape
         columns = n // 2 if gated else n
         fits = weight.dtype in FITS and k % 8 == 0 and columns % 8 == 0
-        if self._pool is None or self.note or rows < MIN_ROWS or rows not in products.BUCKETS or not fits:
+        if not self.possible or rows < MIN_ROWS or rows not in products.BUCKETS or not fits:
             return []
         return forms(rows, columns, k, gated)
 
@@ -96,26 +89,16 @@ class Forms:
         """
         wanted = self.wanted(rows, weight, gated)
         try:
-            for form in wanted:
-                if form not in self._code and self._pool is not None:
-                    self._code[form] = self._pool.submit(machine_code, "gemm.cu", form.defines(), (9, 0))
-            if not all(self._code[form].done() for form in wanted):
-                return None
-            for form in wanted:
+            codes = [self.code(form) for form in wanted]  # all are begun
+            for form, code in zip(wanted, codes, strict=True):
+                if code is None:
+                    return None
                 if form not in self._made:
-                    self._made[form] = Gemm(form, self.device, self._code[form].result())
+                    self._made[form] = Gemm(form, self.device, code)
         except Exception as error:  # no compiler, no room, the process ends: what serves goes on serving
             self.give_up(error)
             return []
         return [Candidate(self._made[form], separate) for form in wanted]
-
-    def give_up(self, error: Exception) -> None:
-        """No more are tried."""
-        self.note = (str(error) or repr(error)).splitlines()[0]
-
-    def wait(self) -> None:
-        """For what is being compiled."""
-        wait_for(list(self._code.values()))
 
     def report(self) -> list[str]:
         """A line where there might be some."""
