@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liushui.kernels.cuda import CudaUnavailableError
-from liushui.kernels.cuda.driver import Kernel, tensor_map, tile_map
+from liushui.kernels.cuda.driver import Kernel, TensorMap, tensor_map, tile_map
 from liushui.kernels.cuda.nvrtc import machine_code
 
 LOG2E = 1.4426950408889634
@@ -100,7 +100,7 @@ class Step(ctypes.Structure):
     """The kernel's parameter; in C++ its size is rounded up to 64 bytes."""
 
     _fields_ = [
-        ("key_map", ctypes.c_ubyte * 128), ("value_map", ctypes.c_ubyte * 128),
+        ("key_map", TensorMap), ("value_map", TensorMap),
         *((name, ctypes.c_void_p) for name in (
             "layers", "stream", "mail", "positions", "slots", "lengths", "table", "counter",
         )),
@@ -155,7 +155,7 @@ class Decoder:
         tensors = (self.addresses, stream, self.mail, positions, slots, lengths, block_table, self.counter)
         width = block_table.shape[1]
         return Step(
-            *((ctypes.c_ubyte * 128)(*m) for m in self.maps), *(tensor.data_ptr() for tensor in tensors), width,
+            *(TensorMap.from_buffer_copy(m) for m in self.maps), *(tensor.data_ptr() for tensor in tensors), width,
             splits_of(width, self.shape.block), self.cache_rows, len(stream), self.eps, self.scale * LOG2E,
         )  # fmt: skip
 

@@ -10,6 +10,8 @@ from liushui.kernels.cuda import CudaUnavailableError
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CLUSTER_DIMENSION, _PROGRAMMATIC_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_...
 _BFLOAT16, _PLAIN, _SWIZZLE_128, _PROMOTE_256 = 9, 0, 3, 3
+TensorMap = ctypes.c_ubyte * 128
+"""CUtensorMap, as a field of a kernel's parameter."""
 
 
 @cache

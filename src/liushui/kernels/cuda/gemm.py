@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from liushui.kernels.cuda import CudaUnavailableError
-from liushui.kernels.cuda.driver import Kernel, boxes
+from liushui.kernels.cuda.driver import Kernel, TensorMap, boxes
 
 SHARED_BYTES = 232_448
 """Of a Hopper multiprocessor."""
@@ -85,36 +85,27 @@ def forms(rows: int, columns: int, k: int, gated: bool) -> list[Form]:
         return [] if rows <= 64 else [Form(256, team=2)] if rows <= 128 else [Form(256, team=2, down=2)]
     if gated:
         return [_few_rows_gated(rows, large)]
-    return [] if k > 2 * columns or (large and rows > 128) else [_few_rows(rows, columns, large)]
+    if rows > 64 or not large or k > 2 * columns:  # next to nothing is gained
+        return []
+    # As many tiles as multiprocessors, or a few less.
+    return [Form(min(256, 16 * math.ceil(columns / MULTIPROCESSORS / 16)))]
 
 
 def _few_rows_gated(rows: int, large: bool) -> Form:
     if rows <= 64:
         return Form(224 if large else 48, gated=True)
     if rows <= 128:
-        return Form(256 if large else 48, team=2, gated=True)
-    if rows <= 192 and not large:
-        return Form(48, team=3, gated=True)
+        return Form(224 if large else 48, team=2, gated=True)
+    if rows <= 192:
+        return Form(112 if large else 48, team=3, gated=True)
     return Form(224 if large else 96, team=2, down=2, gated=True)
-
-
-def _few_rows(rows: int, columns: int, large: bool) -> Form:
-    """As many tiles as multiprocessors, or a few less; they share rows of x where those are long."""
-    team = math.ceil(rows / 64)
-    if not large and (rows <= 128 or columns < 2048):
-        team = 1
-    elif rows > 192:
-        team = 2
-    tiles_of_rows = math.ceil(rows / (64 * team))
-    width = columns * tiles_of_rows / MULTIPROCESSORS
-    return Form(min(256, 16 * math.ceil(width / 16)), team=team)
 
 
 class Call(ctypes.Structure):
     """The kernel's parameter; in C++ its size is rounded up to 64 bytes."""
 
     _fields_ = [
-        ("x", ctypes.c_ubyte * 128), ("weight", ctypes.c_ubyte * 128), ("out", ctypes.c_void_p),
+        ("x", TensorMap), ("weight", TensorMap), ("out", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("rows", "columns", "steps", "down", "across", "band")),
         ("more", ctypes.c_ubyte * 32),
     ]  # fmt: skip
@@ -143,7 +134,7 @@ class Gemm:
             maps.append(_map(weight, (k, columns), (64, part)))
         band = min(down, max(1, BAND // (form.rows * form.down)))
         sizes = (rows, columns, math.ceil(k / DEPTH), down, across, band)
-        return Call(*((ctypes.c_ubyte * 128)(*m) for m in maps), out.data_ptr(), *sizes)
+        return Call(*(TensorMap.from_buffer_copy(m) for m in maps), out.data_ptr(), *sizes)
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """x [M, K], weight [N, K], or [2 N, K] where `gated`, -> out [M, N]; all contiguous bfloat16."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from liushui.kernels.cuda.driver import Kernel, boxes
+from liushui.kernels.cuda.driver import Kernel, TensorMap, boxes
 
 TILE = 64
 """Keys that are fetched at once: they lie in one block of the cache."""
@@ -60,7 +60,7 @@ class Call(ctypes.Structure):
     """The kernel's parameter; in C++ its size is rounded up to 64 bytes."""
 
     _fields_ = [
-        *((name, ctypes.c_ubyte * 128) for name in ("q", "k", "v")),
+        *((name, TensorMap) for name in ("q", "k", "v")),
         *((name, ctypes.c_void_p) for name in ("out", "query_start", "seq_lens", "block_table", "taken")),
         *((name, ctypes.c_int) for name in ("sequences", "table_stride")), ("scale", ctypes.c_float),
         ("more", ctypes.c_ubyte * 12),
@@ -89,7 +89,7 @@ class Prefill:
         rows = k_cache.shape[0] * form.num_kv_heads * form.block_size
         keys, values = (_map(cache, (form.head_dim, rows), (64, TILE)) for cache in (k_cache, v_cache))
         places = (x.data_ptr() for x in (out, query_start, seq_lens, block_table, self.taken))
-        maps = ((ctypes.c_ubyte * 128)(*m) for m in (queries, keys, values))
+        maps = (TensorMap.from_buffer_copy(m) for m in (queries, keys, values))
         return Call(*maps, *places, sequences, width, scale)
 
     def __call__(
