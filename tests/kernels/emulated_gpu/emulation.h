@@ -183,9 +183,7 @@ static inline u32 warp_add(u32 x) {
 static inline u8* shared_memory() { return block().shared.data(); }
 static inline u32 shared_address(const void* p) { return static_cast<u32>(static_cast<const u8*>(p) - shared_memory()); }
 template <class T> static inline T read(const void* p) { T x; memcpy(&x, p, sizeof(T)); return x; }
-static inline u16 fresh16(const void* p) { return read<u16>(p); }
 static inline u32 fresh32(const void* p) { return read<u32>(p); }
-static inline uint4 fresh128(const void* p) { return read<uint4>(p); }
 static inline u32 constant32(const void* p) { return read<u32>(p); }
 static inline u16 constant16(const void* p) { return read<u16>(p); }
 static inline uint2 constant64(const void* p) { return read<uint2>(p); }
@@ -217,12 +215,6 @@ static inline void ring_release(u32 at, u32 count) {
   settle(barrier_at(at));
 }
 static inline void ring_expect(u32 at, u32 bytes) { barrier_at(at).bytes += bytes; ring_release(at, 1); }
-static inline void bulk_copy(u32 target, const void* source, u32 bytes, u32 at) {
-  if (target % 16 || reinterpret_cast<uintptr_t>(source) % 16 || bytes % 16) abort();
-  memcpy(shared_memory() + target, source, bytes);
-  barrier_at(at).bytes -= bytes;
-  settle(barrier_at(at));
-}
 // A tensor of rows of `columns` values; a box is 64 of them wide, its 16-byte pieces swizzled by address bits 7 to 9.
 struct TensorMap { const u16* rows; i64 columns, height, box; u8 more[96]; };
 static_assert(sizeof(TensorMap) == 128, "as large as the GPU's");
@@ -306,5 +298,3 @@ static inline void multiply(float (&c)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
   });
   c[0] = __uint_as_float(got[0]), c[1] = __uint_as_float(got[1]);
 }
-static inline void arrive(u32* counter) { ++*counter; progress++; }
-static inline void await(const u32* counter, u32 target) { wait_until([&] { return *counter >= target; }); }

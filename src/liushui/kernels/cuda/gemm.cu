@@ -6,8 +6,8 @@
 // neighbouring tiles; each fetches a part of what they share, for all of them.
 //
 // GATED: w has twice as many rows as y has columns, and y = silu(x Wg) * (x Wu). Groups of eight rows of the two halves lie
-// in turn in a tile, so that a thread has both sums of an element. ADD: y is added to `out`. Sums are rounded to bfloat16
-// first, as the separate kernels round them.
+// in turn in a tile, so that a thread has both sums of an element; they are rounded to bfloat16 first, as the separate
+// kernels round them.
 #include "hopper.cuh"
 
 constexpr int DEPTH = 64, ROWS_OF_TEAM_MEMBER = 64 * TALL, BM = ROWS_OF_TEAM_MEMBER * TEAM, WIDE = GATED ? BN / 2 : BN;
@@ -125,9 +125,6 @@ DEVICE void fetch(const Shared& s, const Call& call) {
 DEVICE u32 gated(u32 gate, u32 up) {
   return rounded(__fmul_rn(silu(low_half(gate)), low_half(up)), __fmul_rn(silu(high_half(gate)), high_half(up)));
 }
-DEVICE u32 added(u32 x, u32 old) {
-  return rounded(__fadd_rn(low_half(x), low_half(old)), __fadd_rn(high_half(x), high_half(old)));
-}
 // Of the eight columns `group` of y: the two of this thread, in row lane / 4 (`half` 0) or 8 below.
 DEVICE u32 result(const float (&d)[BN / 2], int group, int half) {
   if (!GATED) return rounded(d[group * 4 + half * 2], d[group * 4 + half * 2 + 1]);
@@ -156,15 +153,8 @@ DEVICE void write(const float (&d)[BN / 2], u32 staging, const Call& call, int r
     for (int piece = lane; piece < 16 * pieces; piece += 32) {
       const int r = piece / pieces, c = piece % pieces * 8;
       const uint4 x = shared128(staging + r * STRIDE + c * 2);
-      if (row + r < call.rows && column + first + c < call.columns) {
-        uint4* const to = reinterpret_cast<uint4*>(call.out + (i64)(row + r) * call.columns + column + first + c);
-        if (ADD) {
-          const uint4 old = *to;
-          *to = make_uint4(added(x.x, old.x), added(x.y, old.y), added(x.z, old.z), added(x.w, old.w));
-        } else {
-          *to = x;
-        }
-      }
+      if (row + r < call.rows && column + first + c < call.columns)
+        *reinterpret_cast<uint4*>(call.out + (i64)(row + r) * call.columns + column + first + c) = x;
     }
     __syncwarp();
   }

@@ -40,7 +40,6 @@ class Form:
     across: int = 1
     """Blocks of a cluster along rows and along columns."""
     gated: bool = False
-    add: bool = False
 
     @property
     def rows(self) -> int:
@@ -70,7 +69,7 @@ class Form:
         sums = self.width // 2
         return {
             "BN": self.width, "PARTS": self.width // 16, "TEAM": self.team, "TEAMS": self.teams, "TALL": self.tall,
-            "DOWN": self.down, "ACROSS": self.across, "GATED": int(self.gated), "ADD": int(self.add),
+            "DOWN": self.down, "ACROSS": self.across, "GATED": int(self.gated),
             "SLOTS": self.slots(), "IN_A": sums, "IN_B": sums + 1, "IN_KEEP": sums + 2, "CHAINED": 1, "GUARD": 0,
         }  # fmt: skip
 
