@@ -1,7 +1,6 @@
 """Products of many rows in tiles and clusters, on an emulated GPU, against plain operations; what is chosen."""
 
 import ctypes
-import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -83,7 +82,9 @@ def test_tiles_cover_the_product(
 @pytest.mark.parametrize(("columns", "k"), [(1024, 3072), (4096, 14336), (6144, 4096), (14336, 4096), (3072, 1024)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_forms_that_are_tried_fit_the_gpu(rows: int, columns: int, k: int, gated: bool) -> None:
-    for form in gemm.forms(rows, columns, k, gated):
+    found = gemm.forms(rows, columns, k, gated)
+    assert found or not gated or columns < 3072, "SwiGLU has a form for every row count"
+    for form in found:
         assert form.gated == gated
         assert form.slots() >= 3, "copies run ahead of the products"
         assert form.width in range(16, 257, 16)
@@ -93,7 +94,6 @@ def test_forms_that_are_tried_fit_the_gpu(rows: int, columns: int, k: int, gated
         down, across = form.clusters(rows, columns)
         assert down * form.down * form.rows >= rows
         assert across * form.across * form.columns >= columns
-        assert math.prod(form.clusters(rows, columns)) > 0
 
 
 class Right:
