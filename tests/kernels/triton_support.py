@@ -8,7 +8,7 @@ import pytest
 import torch
 
 COMPILED = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if COMPILED else "cpu")
+DEVICE = torch.device("cuda", 0) if COMPILED else torch.device("cpu")
 MARK = [pytest.mark.gpu] if COMPILED else []
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if COMPILED else [])]  # the interpreter cuts bfloat16 off
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
