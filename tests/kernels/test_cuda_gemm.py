@@ -46,9 +46,9 @@ def expected(form: Form, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     [
         (Form(32), 70, 72, 136, 5, 1),
         (Form(32, team=2, down=2, gated=True), 200, 104, 200, 3, 1),
-        (Form(32, teams=2, tall=2, across=2), 333, 200, 200, 4, 2),
-        (Form(64, teams=2, down=2, across=2, gated=True), 333, 136, 264, 3, 1),
-        (Form(48, team=3, across=4), 100, 200, 128, 2, 3),
+        (Form(32, teams=2, tall=2), 333, 200, 200, 4, 2),
+        (Form(64, teams=2, down=2, gated=True), 333, 136, 264, 3, 1),
+        (Form(48, team=3), 100, 200, 128, 2, 3),
         (Form(48, gated=True), 64, 120, 192, 2, 2),
         (Form(64, down=4), 250, 136, 320, 2, 1),
     ],
@@ -72,7 +72,7 @@ def test_tiles_cover_the_product(
     room = torch.full((rows + 1, columns), torch.nan).bfloat16()
     want, out = expected(form, x, weight), room[:rows]
     call = Gemm(form, x.device, b"").call(x, weight, out)
-    blocks = min(clusters, call.down * call.across) * form.down * form.across
+    blocks = min(clusters, call.down * call.across) * form.down
     assert run(ctypes.byref(call), blocks) == 1, "the blocks wait for one another"
     assert (out.double() - want.double()).norm() < 1e-3 * want.double().norm()
     assert room[rows].isnan().all(), "nothing is written behind the last row"
@@ -88,12 +88,11 @@ def test_forms_that_are_tried_fit_the_gpu(rows: int, columns: int, k: int, gated
         assert form.gated == gated
         assert form.slots() >= 3, "copies run ahead of the products"
         assert form.width in range(16, 257, 16)
-        assert form.rows % (8 * form.across) == 0
         assert form.width % ((16 if gated else 8) * form.down) == 0
         assert form.tall * form.width // 2 <= 192, "sums fit the registers"
         down, across = form.clusters(rows, columns)
         assert down * form.down * form.rows >= rows
-        assert across * form.across * form.columns >= columns
+        assert across * form.columns >= columns
 
 
 class Right:

@@ -4,7 +4,7 @@
 #include "emulation.h"
 #include "exact.cuh"
 
-static const u32 CLUSTER = DOWN * ACROSS;
+static const u32 CLUSTER = DOWN;
 static inline u32 cluster_rank() { return self->block % CLUSTER; }
 static inline u32 cluster_index() { return self->block / CLUSTER; }
 static inline u32 cluster_count() { return static_cast<u32>(blocks.size()) / CLUSTER; }

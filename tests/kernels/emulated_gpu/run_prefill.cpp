@@ -1,7 +1,6 @@
 // prefill.cu on a CPU: 1, or 0 where all threads wait for one another.
 #define LIUSHUI_PTX
 #define DOWN 1
-#define ACROSS 1
 #define BN 64
 #include "emulated_hopper.h"
 #include "prefill.cu"

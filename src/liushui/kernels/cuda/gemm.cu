@@ -2,8 +2,8 @@
 //
 // One warp copies tiles of x (BM rows) and of w (BN rows), 64 columns at a time, into a ring in shared memory; warpgroups
 // multiply them (wgmma) and write the results. TEAM warpgroups share the rows of a tile; TEAMS teams have tiles of their
-// own, so that one writes while another multiplies. Blocks are persistent. A cluster of DOWN x ACROSS blocks has
-// neighbouring tiles; each fetches a part of what they share, for all of them.
+// own, so that one writes while another multiplies. Blocks are persistent. A cluster of DOWN blocks has tiles one below
+// another; each fetches a part of the weights that they share, for all of them.
 //
 // GATED: w has twice as many rows as y has columns, and y = silu(x Wg) * (x Wu). Groups of eight rows of the two halves lie
 // in turn in a tile, so that a thread has both sums of an element; they are rounded to bfloat16 first, as the separate
@@ -16,11 +16,11 @@ constexpr int THREADS = WORKERS == 2 ? 384 : 128 * WORKERS + 32;  // dealing wit
 // What each of three warpgroups has at its launch, and what they make of it: for more than there is they would wait for ever.
 constexpr int LAUNCHED = 168, TAKEN = 232, GIVEN = 40;
 static_assert(2 * TAKEN + GIVEN <= 3 * LAUNCHED, "registers");
-constexpr int SHARERS = DOWN + ACROSS - 1, STAGED = 16 * STRIDE;
+constexpr int STAGED = 16 * STRIDE;
 constexpr int SHARED = 1024 + SLOTS * SLOT + WORKERS * 4 * STAGED + SLOTS * 16;
 static_assert(SHARED <= 232448, "shared memory");
 static_assert(TEAMS <= 2, "teams take turns in pairs");
-static_assert(BN == PARTS * 16 && BM % (8 * ACROSS) == 0 && BN % ((GATED ? 16 : 8) * DOWN) == 0, "tiles");
+static_assert(BN == PARTS * 16 && BN % ((GATED ? 16 : 8) * DOWN) == 0, "tiles");
 extern "C" __device__ const int shared_bytes = SHARED;
 
 struct Call {
@@ -35,8 +35,8 @@ struct Tile {
   DEVICE Tile(const Call& call, int index, int rank) {
     const int in_band = call.band * call.across, first = index / in_band * call.band, rest = index % in_band;
     const int high = min(call.band, call.down - first);
-    row = ((first + rest % high) * DOWN + rank % DOWN) * BM;
-    column = (rest / high * ACROSS + rank / DOWN) * WIDE;
+    row = ((first + rest % high) * DOWN + rank) * BM;
+    column = rest / high * WIDE;
   }
 };
 
@@ -70,33 +70,26 @@ struct Shared {
   }
 };
 
-// What block `rank` of a cluster copies, and for which blocks.
+// What block `rank` of a cluster copies: its rows, and a part of the weights for all of the cluster.
 struct Fetcher {
   const Shared& s;
   const Call& call;
-  u32 below, beside, same_rows, same_columns;
-  DEVICE Fetcher(const Shared& shared, const Call& c, u32 rank) : s(shared), call(c), below(rank % DOWN), beside(rank / DOWN) {
-    same_rows = 0;
-#pragma unroll
-    for (int i = 0; i < ACROSS; i++) same_rows |= 1u << (i * DOWN + below);
-    same_columns = ((1u << DOWN) - 1) << beside * DOWN;
-  }
+  const int rank;
   DEVICE void rows(const Tile& tile, int step, u32 slot) const {
-    constexpr int PART = BM / ACROSS;
-    fetch_2d<(ACROSS > 1)>(
-        s.ring + slot * SLOT + beside * PART * 128, &call.x, step * DEPTH, tile.row + beside * PART, s.full + slot * 8, same_rows);
+    fetch_2d<false>(s.ring + slot * SLOT, &call.x, step * DEPTH, tile.row, s.full + slot * 8, 0);
   }
   DEVICE void weights(const Tile& tile, int step, u32 slot) const {
     constexpr int PART = BN / DOWN;
-    const u32 target = s.ring + slot * SLOT + BM * 128 + below * PART * 128, full = s.full + slot * 8;
-    if (GATED) fetch_pairs<(DOWN > 1)>(target, &call.w, step * DEPTH, (tile.column + (int)below * PART / 2) / 8, full, same_columns);
-    else fetch_2d<(DOWN > 1)>(target, &call.w, step * DEPTH, tile.column + below * PART, full, same_columns);
+    constexpr u32 ALL = (1u << DOWN) - 1;
+    const u32 target = s.ring + slot * SLOT + BM * 128 + rank * PART * 128, full = s.full + slot * 8;
+    if (GATED) fetch_pairs<(DOWN > 1)>(target, &call.w, step * DEPTH, (tile.column + rank * PART / 2) / 8, full, ALL);
+    else fetch_2d<(DOWN > 1)>(target, &call.w, step * DEPTH, tile.column + rank * PART, full, ALL);
   }
 };
 
 DEVICE void fetch(const Shared& s, const Call& call) {
   const int rank = (int)cluster_rank(), tiles = call.down * call.across;
-  const Fetcher fetcher(s, call, rank);
+  const Fetcher fetcher = {s, call, rank};
   int early = 0;
   if (CHAINED) {  // weights are there before the kernels ahead are done
     const Tile tile(call, (int)cluster_index(), rank);
@@ -161,13 +154,12 @@ DEVICE void write(const float (&d)[BN / 2], u32 staging, const Call& call, int r
 }
 
 // Who may write into place `slot` of this block hears that this warpgroup has read it.
-DEVICE void release(const Shared& s, u32 slot, u32 rank) {
+DEVICE void release(const Shared& s, u32 slot) {
   const u32 thread = threadIdx.x % 128, barrier = s.empty + slot * 8;
-  if (SHARERS == 1) {
+  if (DOWN == 1) {
     if (thread == 0) ring_release(barrier, 1);
-  } else if (thread < SHARERS) {
-    const u32 below = rank % DOWN, beside = rank / DOWN;
-    release_in(barrier, thread < DOWN ? beside * DOWN + thread : (thread - DOWN + (thread - DOWN >= beside)) * DOWN + below);
+  } else if (thread < DOWN) {
+    release_in(barrier, thread);
   }
 }
 
@@ -195,14 +187,14 @@ DEVICE void work(const Shared& s, const Call& call, int worker) {
         for (int tall = 0; tall < TALL; tall++) multiply_tiles(d[tall], a + tall * 512 + k * 2, b + k * 2, step > 0 || k > 0);
       chain_end();
       products_wait<1>();
-      if (step > 0) release(s, before.slot, rank);
+      if (step > 0) release(s, before.slot);
       before = turn;
       turn.on();
     }
     products_wait<0>();
 #pragma unroll
     for (int tall = 0; tall < TALL; tall++) settle(d[tall]);
-    release(s, before.slot, rank);
+    release(s, before.slot);
     turn.skip((TEAMS - 1) * call.steps);
 #pragma unroll
     for (int tall = 0; tall < TALL; tall++)
@@ -214,11 +206,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) multiply(const __grid_c
   const Shared s;
   if (threadIdx.x == 128 * WORKERS) announce(&call.w), announce(&call.x);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < SLOTS; i++) ring_init(s.full + i * 8, 1), ring_init(s.empty + i * 8, TEAM * SHARERS);
+    for (int i = 0; i < SLOTS; i++) ring_init(s.full + i * 8, 1), ring_init(s.empty + i * 8, TEAM * DOWN);
     ring_ready();
   }
   __syncwarp();
-  if (DOWN * ACROSS > 1) cluster_meet();
+  if (DOWN > 1) cluster_meet();
   else __syncthreads();
   const int worker = warp_index() / 4;
   if (worker == WORKERS) {
@@ -229,5 +221,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) multiply(const __grid_c
     if (WORKERS == 2) take_registers<TAKEN>();
     work(s, call, worker);
   }
-  if (DOWN * ACROSS > 1) cluster_meet();
+  if (DOWN > 1) cluster_meet();
 }

@@ -37,8 +37,7 @@ class Form:
     tall: int = 1
     """Tiles of 64 rows of a warpgroup."""
     down: int = 1
-    across: int = 1
-    """Blocks of a cluster along rows and along columns."""
+    """Blocks of a cluster, which share the weights of their tiles."""
     gated: bool = False
 
     @property
@@ -63,13 +62,13 @@ class Form:
 
     def clusters(self, rows: int, columns: int) -> tuple[int, int]:
         """Tiles of clusters down and across y [rows, columns]."""
-        return math.ceil(rows / (self.rows * self.down)), math.ceil(columns / (self.columns * self.across))
+        return math.ceil(rows / (self.rows * self.down)), math.ceil(columns / self.columns)
 
     def defines(self) -> dict[str, int]:
         sums = self.width // 2
         return {
             "BN": self.width, "PARTS": self.width // 16, "TEAM": self.team, "TEAMS": self.teams, "TALL": self.tall,
-            "DOWN": self.down, "ACROSS": self.across, "GATED": int(self.gated),
+            "DOWN": self.down, "GATED": int(self.gated),
             "SLOTS": self.slots(), "IN_A": sums, "IN_B": sums + 1, "IN_KEEP": sums + 2, "CHAINED": 1, "GUARD": 0,
         }  # fmt: skip
 
@@ -118,7 +117,7 @@ class Gemm:
         self.form = form
         if device.type == "cuda":
             self.kernel = Kernel(code, "multiply", form.threads)
-            self.resident = self.kernel.clusters(form.down * form.across)
+            self.resident = self.kernel.clusters(form.down)
             if self.resident < 1:
                 raise CudaUnavailableError("its clusters do not fit on the GPU")
 
@@ -126,7 +125,7 @@ class Gemm:
         form, (rows, k), columns = self.form, x.shape, out.shape[1]
         down, across = form.clusters(rows, columns)
         part = form.width // form.down
-        maps = [_map(x, (k, rows), (64, form.rows // form.across))]
+        maps = [_map(x, (k, rows), (64, form.rows))]
         if form.gated:
             maps.append(_map(weight, (k, 8, 2, columns // 8), (64, 8, 2, part // 16)))
         else:
@@ -138,8 +137,8 @@ class Gemm:
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """x [M, K], weight [N, K], or [2 N, K] where `gated`, -> out [M, N]; all contiguous bfloat16."""
         call = self.call(x, weight, out)
-        count, size = min(self.resident, call.down * call.across), self.form.down * self.form.across
-        self.kernel.launch_clusters(count, size, call, True)
+        count = min(self.resident, call.down * call.across)
+        self.kernel.launch_clusters(count, self.form.down, call, True)
         return out
 
 
