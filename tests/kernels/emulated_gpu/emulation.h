@@ -52,7 +52,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<u8[]> stack;
   u32 thread, block;
-  bool done = false;
+  bool done = false, loads = false;  // loads: of matrices, that no fence follows yet
 };
 static std::vector<Block> blocks;
 static std::vector<Fiber> fibers;
@@ -210,6 +210,7 @@ static inline bool ring_ready_for(u32 at, u32 parity) {
   return ready;
 }
 static inline void ring_release(u32 at, u32 count) {
+  if (self->loads) fprintf(stderr, "a place is released, and copied to, while it may still be read: a fence is missing\n"), abort();
   barrier_at(at).pending -= count;
   if (barrier_at(at).pending < 0) abort();
   settle(barrier_at(at));
@@ -244,6 +245,7 @@ static inline void announce(const TensorMap*) {}
 static inline void rest() {}
 static inline void load_transposed(u32 (&r)[4], u32 address) {
   if (address % 16) abort();
+  self->loads = true;
   u32* got = together(&address, 1, [](u32(*in)[12], u32(*out)[4]) {
     for (int lane = 0; lane < 32; lane++)
       for (int i = 0; i < 4; i++) {
@@ -261,7 +263,7 @@ static inline u32 chain_apart(u32 bytes) { return bytes >> 4; }
 static inline void chain_begin() {}
 static inline void chain_end() {}
 template <int LEFT> static inline void chain_wait(float (&)[4]) {}
-static inline void fence_async() {}
+static inline void fence_async() { self->loads = false; }
 static inline void chain_step(float (&c)[4], u32 a, u32 apart, u32 b) {
   const u32 lane = self->thread % 32, first = self->thread / 32 % 4 * 16 + lane / 4;
   const auto wide = [](u32 at) { return __uint_as_float(static_cast<u32>(read<u16>(shared_memory() + at)) << 16); };
@@ -278,6 +280,7 @@ static inline void chain_step(float (&c)[4], u32 a, u32 apart, u32 b) {
 }
 static inline void load_matrices(u32 (&r)[4], u32 address) {
   if (address % 16) abort();
+  self->loads = true;
   u32* got = together(&address, 1, [](u32(*in)[12], u32(*out)[4]) {
     for (int lane = 0; lane < 32; lane++)
       for (int i = 0; i < 4; i++) out[lane][i] = read<u32>(shared_memory() + in[i * 8 + lane / 4][0] + lane % 4 * 4);

@@ -108,6 +108,7 @@ struct Attend {
 #pragma unroll
       for (int i = 0; i < 4; i++) multiply(c[i], a[2], a[3], k[i][2], k[i][3]);
     }
+    fence_async();
     release_slot(s, place, WARPS);
     float top = MINUS_INFINITY;
 #pragma unroll
@@ -245,6 +246,7 @@ struct Attend {
             if (i + 1 < here) open(of[(i + 1) % 2], shared_address(s.ring[at.slot]) + line, weights + (first + i + 1) * UNIT * 2, first + i + 1);
             mix(mixed, norm, of[i % 2], i % 2 == 0);
           }
+        fence_async();
         release_slots(s, values, here, 128 / DIM);
         values = values.on(here);
       }

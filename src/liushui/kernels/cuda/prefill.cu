@@ -216,6 +216,7 @@ struct Worker {
     const u32 line = s.queries + worker * TILE_BYTES + row * 128;
 #pragma unroll
     for (int i = 0; i < DIM / 16; i++) load_matrices(query[i * IN_REGISTERS], line + i / 4 * BOX + ((i % 4 * 2 + lane / 16 ^ row % 8) << 4));
+    fence_async();
     release_queries();
   }
 

@@ -188,7 +188,8 @@ DEVICE void chain_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "m
 template <int LEFT> DEVICE void chain_wait(float (&c)[4]) {
   asm volatile("wgmma.wait_group.sync.aligned %4;" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "n"(LEFT) : "memory");
 }
-// Between ordinary stores to shared memory and what wgmma reads there next.
+// Between ordinary stores to shared memory and what wgmma reads there next; and between ordinary loads, `load_matrices` too,
+// and the word that the copy engine may write there: without it, the copy can be there before the load has read.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 DEVICE void load_transposed(u32 (&r)[4], u32 address) {
