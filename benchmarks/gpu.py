@@ -7,7 +7,8 @@ T1  256 requests at once, prompts and answers uniform in [100, 1024], temperatur
 T2  one sequence, prompt 128, 256 tokens: milliseconds a step
 T3  B sequences, prompt 512: milliseconds a decoding step, greedy and at temperature 0.6
 T4  16 prompts of 4,095 tokens: TFLOP/s
-T5  64 greedy answers alone, in company, chunked, preempted, from the prefix cache: how many differ in any bit
+T5  64 greedy answers alone, in company, chunked, preempted, from the prefix cache, and their first tokens in 200 steps
+    of prompts: how many differ in any bit
 
 Floor of a step: the larger of bytes that must move (weights once, keys and values of every sequence once) over the
 measured copy bandwidth, and operations over the measured rate of a bf16 product, both taken in the same run.
@@ -266,6 +267,14 @@ class Bench:
             tokens = sum(answer[0] != reference[i][0] for i, answer in zip(which, got, strict=True))
             say(T5=name, differ=differ, of=len(which), tokens_differ=tokens, preemptions=self.preemptions,
                 hit_tokens=self.hits)  # fmt: skip
+        differ, steps, sets = 0, 200, [rng.sample(range(64), 13) for _ in range(3)]  # a race shows in many steps alone
+        first = [tuple(part[:1] for part in answer) for answer in reference]
+        for step in range(steps):
+            which = sets[step % 3]
+            requests = ask(which, 1)
+            got = collect(requests, self.serve(requests, cost=False)[1])
+            differ += sum(answer != first[i] for i, answer in zip(which, got, strict=True))
+        say(T5=f"first tokens in {steps} steps of 13 prompts", differ=differ, of=13 * steps)
 
 
 def load(shape: str) -> Bench:
