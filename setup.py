@@ -25,11 +25,13 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
 AVX512 += ["-mfma", "-mf16c", "-mtune=icelake-server"]
+AVX512BF16 = [*AVX512, "-mavx512vbmi", "-mavx512bf16"]
 X86_64 = {
     "generic": [],
     "avx2": AVX2,
     "avx512": AVX512,
-    "amx": [*AVX512, "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mtune=sapphirerapids"],
+    "avx512bf16": AVX512BF16,
+    "amx": [*AVX512BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mtune=sapphirerapids"],
 }
 COMMON = ("library", "threads", "features")
 PER_INSTRUCTION_SET = ("kernels", "linear", "step")

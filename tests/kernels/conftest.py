@@ -9,7 +9,7 @@ from liushui.kernels.ops import Ops, load_ops
 
 def implementations() -> dict[str, Ops]:
     made: dict[str, Ops] = {"torch": load_ops("torch", 2)}
-    for isa in ("generic", "avx2", "avx512", "amx"):
+    for isa in ("generic", "avx2", "avx512", "avx512bf16", "amx"):
         try:
             made[isa] = load_ops("native", 2, isa=isa)
         except LiushuiError:

@@ -1,4 +1,4 @@
-"""The native kernels with software in place of AMX and of AVX-512's instructions, built for the tests."""
+"""The native kernels with software in place of the instructions of AMX and AVX-512, built for the tests."""
 
 import hashlib
 import os
@@ -15,10 +15,12 @@ from tests.support.files import ROOT, module_at
 
 # Here and not in a test: setuptools is to be imported before anything can have touched distutils.
 SANITIZE = module_at("scripts/sanitize.py")
+SETS = ("avx512", "avx512bf16", "amx")
+"""Instruction sets that can be emulated."""
 
 
 @cache
-def library(units: tuple[str, ...] = ("linear",), sets: tuple[str, ...] = ("avx512", "amx")) -> Path:
+def library(units: tuple[str, ...] = ("linear",), sets: tuple[str, ...] = SETS) -> Path:
     """`_cpu.so` with instruction sets emulated; built once for each state of the sources."""
     if platform.machine().lower() not in ("x86_64", "amd64") or "avx2" not in _cpu_flags():
         pytest.skip("the emulation is made of AVX2")
@@ -31,7 +33,7 @@ def library(units: tuple[str, ...] = ("linear",), sets: tuple[str, ...] = ("avx5
     target = folder / f"_cpu{module.SUFFIX}"
     if not target.exists():
         flags = ["-mavx2", "-mfma", "-mf16c", "-O1", "-DLS_EMULATE", "-DLS_WIDTH=16", "-DLS_REGISTERS=32"]
-        variants = {"avx512": flags, "amx": [*flags, "-DLS_EMULATE_AMX"]}
+        variants = {"avx512": flags, "avx512bf16": [*flags, "-DLS_EMULATE_BF16"], "amx": [*flags, "-DLS_EMULATE_AMX"]}
         variants = {name: variants[name] for name in sets}
         made = folder / f"{os.getpid()}{module.SUFFIX}"
         here = Path.cwd()

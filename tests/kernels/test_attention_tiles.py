@@ -1,6 +1,8 @@
-"""Attention with matrix tiles, with software in place of the AMX instructions: values, and the same bits always."""
+"""Attention in bfloat16, of matrix tiles and of vectors, on machines without their instructions with software in their
+place: values, and the same bits always."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from unittest import mock
 
@@ -13,19 +15,26 @@ from liushui.kernels import native
 from liushui.kernels.native import NativeOps
 from liushui.kernels.ops import load_ops
 from tests.kernels import emulated
+from tests.kernels.conftest import IMPLEMENTATIONS
 from tests.kernels.paged import Heads, Sequence, Share, attend
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs", "two_threads")
 _OPS: dict[int, NativeOps] = {}
 
 
-@pytest.fixture(scope="module")
-def two_threads() -> Iterator[None]:
-    """Fills `_OPS` with the emulated kernels on one and on two threads."""
-    library = native.open_library(emulated.library(("kernels", "linear", "step"), ("amx",)))
-    with mock.patch.object(native, "_library", return_value=library):
+REAL = [name for name in ("avx512bf16", "amx") if name in IMPLEMENTATIONS]
+
+
+@pytest.fixture(scope="module", params=["emulated avx512bf16", "emulated amx", *REAL])
+def two_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fills `_OPS` with the kernels on one and on two threads."""
+    *in_software, isa = request.param.split()
+    with ExitStack() as stack:
+        if in_software:
+            library = native.open_library(emulated.library(("kernels", "linear", "step"), (isa,)))
+            stack.enter_context(mock.patch.object(native, "_library", return_value=library))
         for threads in (1, 2):
-            ops = load_ops("native", threads, isa="amx")
+            ops = load_ops("native", threads, isa=isa)
             assert isinstance(ops, NativeOps)
             _OPS[threads] = ops
     yield

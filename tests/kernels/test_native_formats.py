@@ -1,6 +1,6 @@
 """Products with bfloat16 and integer weights: values, one order of sums for any rows and threads, look-ups of rows.
 
-With every instruction set that this machine has, and with AMX and AVX512 in software where it has not.
+With every instruction set that this machine has, and with those in software that it may not have.
 """
 
 import pytest
@@ -16,7 +16,8 @@ from tests.kernels.conftest import IMPLEMENTATIONS
 from tests.kernels.quant_support import KINDS, random_rows, rounded
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-PATHS = [name for name in IMPLEMENTATIONS if name != "torch"] + ["emulated avx512", "emulated amx"]
+EMULATED = [f"emulated {name}" for name in emulated.SETS]
+PATHS = [name for name in IMPLEMENTATIONS if name != "torch"] + EMULATED
 FORMATS = (*KINDS, "bfloat16", "int8", "int4")
 ROWS = (*range(1, 71), 128, 512)
 
@@ -178,8 +179,8 @@ def test_what_does_not_fit_is_refused(path: str) -> None:
 
 
 def test_float32_rows_with_bfloat16_weights_are_the_same_everywhere() -> None:
-    """Tiles take bfloat16 alone; such rows are not rounded for them."""
+    """Some instructions take bfloat16 alone; such rows are not rounded for them."""
     for inputs in (1, 31, 64, 99, 321):
         weight, x = weight_of("bfloat16", 37, inputs), torch.randn(21, inputs)
-        found = [ops.linear(x, ops.pack(weight)) for ops in map(ops_of, ("emulated avx512", "emulated amx"))]
-        assert torch.equal(*found)
+        first, *others = (ops.linear(x, ops.pack(weight)) for ops in map(ops_of, EMULATED))
+        assert all(torch.equal(other, first) for other in others)

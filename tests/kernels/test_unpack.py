@@ -78,10 +78,11 @@ def test_packed_from_rows_as_from_values(isa: str, kind: str, form: str) -> None
     assert same_bits(found, expected.to(values.dtype))
 
 
-@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K", "F16"])
-def test_tiles_packed_from_rows(kind: str) -> None:
-    """The layout of AMX, by the emulation."""
-    products, (part, expected) = emulated.products("amx", 2), any_bytes(kind, 33, 512, 6)
+@pytest.mark.parametrize("isa", ["avx512bf16", "amx"])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K", "F16", "F32", "BF16"])
+def test_tiles_packed_from_rows(kind: str, isa: str) -> None:
+    """The layouts of bfloat16, by the emulation; subnormals (of F32 and BF16) stay."""
+    products, (part, expected) = emulated.products(isa, 2), any_bytes(kind, 33, 512, 6)
     packed = products.pack(Quantised((part,), "bfloat16"))
     found = products.embed(torch.arange(33), packed, torch.bfloat16)
     assert same_bits(found, expected.to(torch.bfloat16))

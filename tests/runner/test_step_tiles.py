@@ -1,4 +1,4 @@
-"""A step in one native call with software in place of the AMX instructions: the bits of the operations one by one."""
+"""A step in one native call, with software in place of some instructions: the bits of the operations one by one."""
 
 from collections.abc import Iterator
 from unittest import mock
@@ -13,13 +13,14 @@ from tests.kernels import emulated
 from tests.support import blocks, tiny
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiles() -> Iterator[None]:
-    library = native.open_library(emulated.library(("kernels", "linear", "step"), ("amx",)))
+@pytest.fixture(scope="module", autouse=True, params=["amx"])
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    library = native.open_library(emulated.library(("kernels", "linear", "step"), (request.param,)))
     with mock.patch.object(native, "_library", return_value=library):
         yield
 
 
+@pytest.mark.parametrize("isa", ["amx", "avx512bf16"], indirect=True)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     ("family", "inner"),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-INSTRUCTION_SETS = ("amx", "avx512", "avx2", "generic")
+INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 """Best first."""
 MAX_HEAD_DIM = 1024
 _TYPES = {"float32": 0, "bfloat16": 1}

@@ -150,7 +150,7 @@ def load_native(threads: int) -> Ops | None:
 def load_ops(kind: Kernels, threads: int, *, isa: str | None = None) -> Ops:
     """The implementation asked for. `auto` takes plain torch where the native library cannot serve, and notes why.
 
-    `isa` forces an instruction set (amx, avx512, avx2, generic) of the native library, for tests. Raises
+    `isa` forces an instruction set (amx, avx512bf16, avx512, avx2, generic) of the native library, for tests. Raises
     `ParameterError` for a native library that is asked for and cannot serve, and for an instruction set that this
     machine does not have.
     """

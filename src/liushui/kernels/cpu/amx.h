@@ -19,7 +19,17 @@
 #define LS_TILE_INT8(c, a, b) asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
 #endif
 
-#if defined(LS_TILE_INT8)
+#if !defined(LS_TILE_BF16) && defined(__AVX512BF16__) && LS_WIDTH == 16
+#define LS_BF16_VECTORS 1  // the layouts of tiles, multiplied by vectors (pairs.h)
+#endif
+#if defined(LS_TILE_BF16) || defined(LS_BF16_VECTORS)
+#define LS_BF16 1  // bfloat16 is multiplied as such
+namespace {
+constexpr int kTile = 16;  // rows of a tile
+}
+#endif
+
+#if defined(LS_TILE_BF16)
 namespace {
 
 struct alignas(64) TileConfig {
@@ -28,8 +38,6 @@ struct alignas(64) TileConfig {
   uint8_t rows[16];
 };
 static_assert(sizeof(TileConfig) == 64, "as ldtilecfg reads it");
-
-constexpr int kTile = 16;  // rows of a tile
 
 // Tiles 0 to 3 hold sums, 4 and 5 rows of x (the first of them `height` rows, as sums 0 and 1), 6 and 7 the weight.
 // `depth`: bytes of x in a tile's row; the weight's tile has depth / 4 rows of 64 bytes.

@@ -6,13 +6,20 @@
 // share their cores with neighbours, 256 rows of 576 by 3,072: 1.1 TFLOP/s, 0.8 without fetching. Blocks of K that stay
 // near, their sums put aside between, gain nothing over that.
 #pragma once
-#include "amx.h"
+#include "pairs.h"
 
-#if defined(LS_TILE_BF16)
+#if defined(LS_BF16)
 namespace {
 
 constexpr long kTileBytes = 1024, kPairBytes = 2 * kTileBytes;
 constexpr long kPairColumns = 32, kPairRows = 32;  // of two tiles
+// A weight's pair of tiles: one after the other, or row by row beside each other. Vectors take a row of both at once and
+// so read memory front to back, which alone is twice as fast.
+#if defined(LS_TILE_BF16)
+constexpr long kWeightTile = kTileBytes, kWeightRow = 64;
+#else
+constexpr long kWeightTile = 64, kWeightRow = 128;
+#endif
 constexpr long kSumBytes = kPairColumns * sizeof(float);  // of a row of sums
 constexpr long kBlockPairs = 16;                   // pairs of tiles of rows that pass over a panel while it is near
 constexpr long kStreamPairs = 2;                   // up to here a panel is fetched by being read, at memory's speed
@@ -55,17 +62,21 @@ void bf16_rows(long k, const T* x, long begin, long end, bf16* prepared) {
   }
 }
 
+// Element i of column c of a panel.
+LS_INLINE long weight_place(long i, long c) {
+  return (i / 32 * kPairBytes + c / 16 * kWeightTile + i % 32 / 2 * kWeightRow) / 2 + c % 16 * 2 + i % 2;
+}
+
 // Panel 0 of the `width` rows at `weight`.
 inline void bf16_pack_panel(const bf16* weight, long width, long k, bf16* to) {
   memset((void*)to, 0, (size_t)(bf16_chunks(k) * kPairBytes));
   for (long c = 0; c < width; c++)
-    for (long i = 0; i < k; i++)
-      to[i / 32 * 1024 + c / 16 * 512 + i % 32 / 2 * 32 + c % 16 * 2 + i % 2] = weight[c * k + i];
+    for (long i = 0; i < k; i++) to[weight_place(i, c)] = weight[c * k + i];
 }
 
 inline void bf16_embed(const PackedWeight& w, long row, float* out) {
-  const bf16* from = (const bf16*)w.data + row / 32 * bf16_chunks(w.k) * 1024 + row / 16 % 2 * 512 + row % 16 * 2;
-  for (long i = 0; i < w.k; i++) out[i] = widen(from[i / 32 * 1024 + i % 32 / 2 * 32 + i % 2]);
+  const bf16* panel = (const bf16*)w.data + row / 32 * bf16_chunks(w.k) * (kPairBytes / 2);
+  for (long i = 0; i < w.k; i++) out[i] = widen(panel[weight_place(i, row % 32)]);
 }
 
 // A panel of w, and memory worth fetching while it is multiplied.
@@ -88,6 +99,7 @@ struct Following {
   long lines;
 };
 
+#if defined(LS_TILE_BF16)
 LS_INLINE void fetch_near(const char* tile) {
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; i++) __builtin_prefetch(tile + i * 64, 0, 3);
@@ -130,6 +142,44 @@ inline void bf16_block(const TileRows& x, const char* w, long chunks, const Foll
   }
 }
 
+// Sums of one pair of tiles of rows, or of what there is of it.
+inline void bf16_sums(const TileRows& x, long height, const char* w, long chunks, const Following& following, float* y) {
+  (height > kTile ? bf16_block<true> : bf16_block<false>)(x, w, chunks, following, y);
+}
+#else
+constexpr int kPairsHigh = 8;        // rows whose sums with a panel stay in registers
+constexpr int kStreamHigh = 4;       // up to here the processor itself fetches fast enough
+constexpr long kStreamBytes = 8192;  // how early the weight is fetched
+
+using PairsBlock = void (*)(const PairRows&, const PairTiles&, long, float*, long);
+
+template <int M>
+void bf16_block(const PairRows& x, const PairTiles& w, long chunks, float* y, long ahead) {
+  multiply_pairs<M, 2, (M > kStreamHigh)>(x, w, chunks, {y, kPairColumns, kTile}, ahead);
+}
+
+template <int M = kPairsHigh>
+PairsBlock bf16_block_of(long rows) {
+  if constexpr (M == 0)
+    return nullptr;
+  else
+    return rows < M ? bf16_block_of<M - 1>(rows) : bf16_block<M>;
+}
+
+// The sums of up to a pair of tiles of rows, in blocks of nearly the same height. The first to pass over a panel fetches
+// it, the last one the panel after it.
+inline void bf16_sums(const TileRows& x, long height, const char* w, long chunks, const Following& following, float* y) {
+  const long blocks = (height + kPairsHigh - 1) / kPairsHigh;
+  for (long block = 0; block < blocks; block++) {
+    const long row = height * block / blocks, end = height * (block + 1) / blocks;
+    const bool first = block == 0 && !following.ahead, last = block == blocks - 1 && !following.jump;
+    const long ahead = first ? kStreamBytes : last ? chunks * kPairBytes : 0;
+    bf16_block_of(end - row)({x.first + row * x.row_bytes, x.row_bytes, x.chunk_bytes},
+                             {w, kWeightTile, kWeightRow, kPairBytes}, chunks, y + row * kPairColumns, ahead);
+  }
+}
+#endif
+
 // Rows of x for the tiles: as they are, or prepared.
 struct TileInput {
   const char* data;
@@ -155,7 +205,7 @@ void tile_panel(const TileInput& x, long begin, long end, const WeightPanel& pan
     const long row = pair * kPairRows, height = min_of(kPairRows, x.rows - row);
     Following following = {pair + 1 < end ? -chunks * kPairBytes : 0, nullptr, 0};
     if (pair > begin) following = {following.jump, panel.ahead + (pair - begin - 1) * chunks * lines * 64, lines};
-    (height > kTile ? bf16_block<true> : bf16_block<false>)(x.tiles(pair), panel.first, chunks, following, y);
+    bf16_sums(x.tiles(pair), height, panel.first, chunks, following, y);
     done(row, height, y);
   }
 }

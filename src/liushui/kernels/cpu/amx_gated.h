@@ -4,7 +4,7 @@
 #include "amx_bf16.h"
 #include "rows.h"
 
-#if defined(LS_TILE_BF16)
+#if defined(LS_BF16)
 namespace {
 
 // A stacked weight [gate; up] whose halves are whole panels, and the weight after it.

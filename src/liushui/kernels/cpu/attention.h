@@ -171,8 +171,8 @@ template <class T, class K>
 void attend_task(void* context, long index) {
   Attention<T, K>& a = *(Attention<T, K>*)context;
   const AttentionTask& task = a.plan.tasks[index];
-#if defined(LS_TILE_BF16)
-  if constexpr (kTiles<T>) return attend_task_tiled(a, task, false);
+#if defined(LS_BF16)
+  if constexpr (kTiles<T>) return attend_task_tiled(a, index, false);
 #endif
   const long count = (long)task.count * a.group(), dim = a.head_dim, padded = a.padded_dim();
   const long sizes[] = {count * dim, kTileRows * kKeys, count * padded, count, count, dim * kKeys,
@@ -205,8 +205,8 @@ template <class T, class K>
 void merge_task(void* context, long index) {
   Attention<T, K>& a = *(Attention<T, K>*)context;
   const AttentionTask& task = a.plan.merges[index];
-#if defined(LS_TILE_BF16)
-  if constexpr (kTiles<T>) return attend_task_tiled(a, task, true);
+#if defined(LS_BF16)
+  if constexpr (kTiles<T>) return attend_task_tiled(a, index, true);
 #endif
   const long count = (long)task.count * a.group(), padded = a.padded_dim(), width = a.partial_width();
   float* sum = (float*)liushui::scratch(liushui::kWork, (size_t)padded * sizeof(float));

@@ -117,11 +117,11 @@ LS_INLINE vk load_column(const T* const* rows, long d) {
   return load_k(lanes);
 }
 
-// Fetches `count` rows of `dim` elements that will be needed soon.
-template <class T>
+// Fetches `count` rows of `dim` elements that will be needed soon, to a near cache (3: the nearest).
+template <int kNear = 3, class T>
 LS_INLINE void fetch_rows(const T* const* rows, long count, long dim) {
   for (long j = 0; j < count; j++)
-    for (long i = 0; i < dim * (long)sizeof(T); i += 64) __builtin_prefetch((const char*)rows[j] + i);
+    for (long i = 0; i < dim * (long)sizeof(T); i += 64) __builtin_prefetch((const char*)rows[j] + i, 0, kNear);
 }
 
 // Transposed keys: out[d][j] for keys j in [from, to), which are multiples of Kw. Their values are fetched meanwhile,

@@ -34,7 +34,7 @@ struct Attention {
 
 template <class T, class K>
 constexpr bool kScaled = sizeof(K) == 1;
-#if defined(LS_TILE_BF16)
+#if defined(LS_BF16)
 template <class T>
 constexpr bool kTiles = sizeof(T) == 2;
 #else

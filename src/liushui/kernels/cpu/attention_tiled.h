@@ -1,9 +1,10 @@
 // Attention's tasks with matrix tiles: walks over the splits of keys that a task's rows see (see attention_tiles.h).
 #pragma once
+#include "attention_amx.h"
 #include "attention_keys.h"
-#include "attention_tiles.h"
+#include "attention_pairs.h"
 
-#if defined(LS_TILE_BF16)
+#if defined(LS_BF16)
 namespace {
 
 // Work space of a task; L lanes of rows in each of `tiles` tiles.
@@ -26,11 +27,6 @@ struct SplitKeys {
   KeyTile tiles[2 * kSplitBlocks];
   int finite[kSplitBlocks];  // of a block's values; -1: not known
   long first, from, to, begin, end;
-};
-
-// A task's query rows, the width of a head in several measures, and the tiles of rows.
-struct TaskShape {
-  long count, dim, padded, chunks, columns, tiles;
 };
 
 template <int L>
@@ -160,19 +156,17 @@ void place_values(const TaskShape& t, const Place<K>& place, bf16* copies, bf16*
     for (long d = 0; d < t.padded; d += 32) pair_values(rows, d, out + d * kKeys);
 }
 
-// Finds a split and brings its keys and values before the tiles. Memory is kept busy: while a block's values are
+// Brings the keys and values of a split that was found before the tiles. Memory is kept busy: while a block's values are
 // turned, its keys and the values of a later one are fetched.
 template <int L, class K>
-bool prepare_split(Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, long split, const TileSpace& s,
-                   SplitKeys<K>& keys) {
+void prepare_split(const Attention<bf16, K>& a, const TaskShape& t, const TileSpace& s, SplitKeys<K>& keys) {
   constexpr long kAhead = 2;
-  if (!find_split(a, task, split, keys)) return false;
   const bool in_place = keys_in_place(a);
   for (long b = keys.begin; b < min_of(keys.end, keys.begin + kAhead); b++)
-    fetch_rows(keys.places[b].values, kKeys, t.dim);
+    fetch_rows<kFetchNear>(keys.places[b].values, kKeys, t.dim);
   for (long b = keys.begin; b < keys.end; b++) {
-    fetch_rows(keys.places[b].keys, kKeys, t.dim);
-    if (b + kAhead < keys.end) fetch_rows(keys.places[b + kAhead].values, kKeys, t.dim);
+    fetch_rows<kFetchNear>(keys.places[b].keys, kKeys, t.dim);
+    if (b + kAhead < keys.end) fetch_rows<kFetchNear>(keys.places[b + kAhead].values, kKeys, t.dim);
     place_values<L>(t, keys.places[b], s.rows, s.values + b * t.columns * 512);
     if (kScaled<bf16, K>) {
       memcpy(s.key_scales + b * kKeys, keys.places[b].key_scales, kKeys * sizeof(float));
@@ -180,7 +174,16 @@ bool prepare_split(Attention<bf16, K>& a, const AttentionTask& task, const TaskS
     }
   }
   for (long b = keys.begin; b < keys.end; b++) place_keys(t, b, in_place, keys, s.keys);
-  return true;
+}
+
+// Fetches block b of those of a later split (none: null), counted from its first, in two parts.
+template <int L, class K>
+LS_INLINE void fetch_later(const SplitKeys<K>* later, const TaskShape& t, long b, bool values) {
+  if constexpr (kFetchLater && L < 16) {
+    if (!later || later->begin + b >= later->end) return;
+    const Place<K>& place = later->places[later->begin + b];
+    fetch_rows<kFetchNear>(values ? place.values : place.keys, kKeys, t.dim);
+  }
 }
 
 // What the rows of a tile see of the split at position `first`.
@@ -204,43 +207,6 @@ LaneSight look_at_split(const Attention<bf16, K>& a, const AttentionTask& task, 
     if (to > 0) s.first = min_of(s.first, from);
   });
   return s;
-}
-
-// The sums of one tile of rows over blocks [begin, end). before(b, part, parts) makes the weights of block b, between
-// the products of the block before: those take no more than the vectors' time.
-template <int L, class Before>
-LS_INLINE void sum_blocks(const TaskShape& t, const bf16* values, long begin, long end, const float* weights, float* sum,
-                          const Before& before) {
-  constexpr long kAtOnce = L < 16 ? kFewTiles : kSumTiles, kBlock = kKeys * L;
-  for (long c = 0; c < t.columns; c += kAtOnce) {
-    if constexpr (L == 16)
-      begin_sums();
-    else
-      begin_few_sums();
-    const long lag = c == 0;  // blocks between the weights' making and their use: stores take their time
-    for (long next = begin; next < end + lag; next++) {
-      const long b = next - lag;
-      const bool makes = lag && next < end, adds = b >= begin;
-      const bf16* from = values + (b * t.columns + c) * 512;
-      if constexpr (L == 16) {
-#pragma GCC unroll 4
-        for (int part = 0; part < kSumTiles; part++) {
-          if (adds) add_to_sums(from, t.columns - c, weights + b * kBlock, part);
-          if (makes) {
-            if (c + part < t.columns) fetch_tile(values + (next * t.columns + c + part) * 512);
-            before(next, part, kSumTiles);
-          }
-        }
-      } else {
-        if (makes) before(next, 0, 1);
-        if (adds) add_to_few_sums(from, t.columns - c, weights + b * kBlock);
-      }
-    }
-    if constexpr (L == 16)
-      store_sums(t.columns - c, sum + c * 256);
-    else
-      store_few_sums(t.columns - c, sum + c * 16, t.padded);
-  }
 }
 
 // The sums of one tile of rows over blocks [begin, end), each row with the values that it sees: the slow way, where
@@ -276,24 +242,20 @@ bool spoils(const TaskShape& t, const TileSpace& s, const LaneSight& sight, long
 
 // The scores of one tile of rows, or of two, over blocks [begin, end), and their maxima.
 template <int L, bool two, class K>
-LS_INLINE void score_blocks(const TaskShape& t, const SplitKeys<K>& keys, const bf16* queries, const TileSpace& s,
-                            long begin, long end, const LaneSight* sight, vf (*most)[4]) {
+LS_INLINE void score_blocks(const TaskShape& t, const SplitKeys<K>& keys, const SplitKeys<K>* later,
+                            const bf16* queries, const TileSpace& s, long begin, long end, const LaneSight* sight,
+                            vf (*most)[4]) {
   constexpr long kBlock = kKeys * L;
   const bf16* queries2 = queries + t.chunks * 32 * L;
-  const bool held = two && t.chunks == kHeldChunks;
   const auto shape = [&](long b) {
     for (int n = 0; n < (two ? 2 : 1); n++) hide<L>(s.scores[n] + b * kBlock, b, sight[n], s.key_scales, most[n]);
   };
-  if (held) hold_queries(queries, queries2);
+  begin_scores<two>(t, queries, queries2);
   for (long b = begin; b < end; b++) {  // vectors follow the tiles at a distance of one block
     float *to = s.scores[0] + b * kBlock, *to2 = s.scores[1] + b * kBlock;
     if (b + 1 < end) fetch_keys(keys.tiles + 2 * (b + 1), t.dim);
-    if constexpr (L < 16)
-      few_scores<L>(keys.tiles + 2 * b, queries, t.dim, to);
-    else if (held)
-      held_scores(keys.tiles + 2 * b, to, to2);
-    else
-      tile_scores<two>(keys.tiles + 2 * b, queries, queries2, t.dim, to, to2);
+    fetch_later<L>(later, t, b - begin, true);
+    block_scores<L, two>(t, keys.tiles + 2 * b, queries, queries2, to, to2);
     if (b > begin) shape(b - 1);
   }
   if (begin < end) shape(end - 1);
@@ -302,7 +264,8 @@ LS_INLINE void score_blocks(const TaskShape& t, const SplitKeys<K>& keys, const 
 // One tile of rows, or two, over a split that is prepared: their sums to sum[0] and sum[1], their states.
 template <int L, bool two, class K>
 void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, long tile,
-                  const TileSpace& s, SplitKeys<K>& keys, float* const* sum, LaneState* state) {
+                  const TileSpace& s, SplitKeys<K>& keys, const SplitKeys<K>* later, float* const* sum,
+                  LaneState* state) {
   constexpr int kTiles = two ? 2 : 1;
   const float scale = __builtin_fabsf(a.scale) * 1.44269504f;  // weights are powers of two
   LaneSight sight[2];
@@ -315,7 +278,7 @@ void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const 
   vf most[2][4], total[2][4] = {}, level[2];
   for (int n = 0; n < kTiles; n++)
     for (int i = 0; i < 4; i++) most[n][i] = splat(-__builtin_inff());
-  score_blocks<L, two>(t, keys, s.queries + tile * t.chunks * 32 * L, s, begin, end, sight, most);
+  score_blocks<L, two>(t, keys, later, s.queries + tile * t.chunks * 32 * L, s, begin, end, sight, most);
   for (int n = 0; n < kTiles; n++) {
     const vf highest = most_of_rows<L>(vmax(vmax(most[n][0], most[n][1]), vmax(most[n][2], most[n][3])));
     const vf nothing = splat(-__builtin_inff()), top = select((vi)(highest == nothing), nothing, highest * scale);
@@ -325,6 +288,7 @@ void attend_tiles(const Attention<bf16, K>& a, const AttentionTask& task, const 
   for (int n = 0; n < kTiles; n++) {
     sum_blocks<L>(t, s.values, begin, end, s.scores[n], sum[n], [&](long b, int part, int parts) {
       const float* value_scales = s.value_scales ? s.value_scales + b * kKeys : nullptr;
+      if (part == 0) fetch_later<L>(later, t, b - begin, false);
       weigh<L>(s.scores[n] + b * kKeys * L, scale, level[n], value_scales, total[n], part, parts);
     });
     store(state[n].weight, sum_of_rows<L>(total[n]));
@@ -368,32 +332,40 @@ void write_tile(const Attention<bf16, K>& a, const AttentionTask& task, const Ta
   }
 }
 
+// `next`: the task that this thread is likely to get after this one, or null.
 template <int L, class K>
-void attend_lanes(Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t) {
+void attend_lanes(Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, const AttentionTask* next) {
   const TileSpace s = divide_scratch<L>(t, !keys_in_place(a), kScaled<bf16, K>);
-  SplitKeys<K> keys;
+  SplitKeys<K> found[2];
   pack_queries<L>(a, task, t, s.queries);
   configure_attention(L);
-  bool found = true;
-  for (long split = task.split_begin; split < task.split_end && found; split++) {
-    found = prepare_split<L>(a, task, t, split, s, keys);
-    const bool fresh = split == task.split_begin;
-    for (long tile = 0; tile < t.tiles && found; tile += 2) {
+  bool right = find_split(a, task, task.split_begin, found[0]);
+  for (long split = task.split_begin; split < task.split_end && right; split++) {
+    const bool fresh = split == task.split_begin, last = split + 1 == task.split_end;
+    SplitKeys<K>&keys = found[(split - task.split_begin) % 2], &after = found[(split + 1 - task.split_begin) % 2];
+    prepare_split<L>(a, t, s, keys);
+    const SplitKeys<K>* later = nullptr;
+    if (!last)
+      right = find_split(a, task, split + 1, after), later = &after;
+    else if (kFetchLater && L < 16 && next && find_split(a, *next, next->split_begin, after))
+      later = &after;
+    for (long tile = 0; tile < t.tiles && right; tile += 2) {
       const int count = (int)min_of(2, t.tiles - tile);
       float *own = s.sum + tile * t.padded * L, *to[2] = {fresh ? own : s.more, nullptr};
       to[1] = to[0] + t.padded * L;
-      LaneState next[2];
-      (count == 2 ? attend_tiles<L, L == 16, K> : attend_tiles<L, false, K>)(a, task, t, tile, s, keys, to, next);
+      LaneState state[2];
+      const auto attend = count == 2 ? attend_tiles<L, L == 16, K> : attend_tiles<L, false, K>;
+      attend(a, task, t, tile, s, keys, later, to, state);
       for (int n = 0; n < count; n++) {
         if (fresh)
-          s.state[tile + n] = next[n];
+          s.state[tile + n] = state[n];
         else
-          merge_lanes<L>(own + n * t.padded * L, s.state[tile + n], to[n], next[n], t.padded);
+          merge_lanes<L>(own + n * t.padded * L, s.state[tile + n], to[n], state[n], t.padded);
       }
     }
   }
   LS_TILE_RELEASE();
-  if (!found) return;
+  if (!right) return;
   for (long tile = 0; tile < t.tiles; tile++) {
     float* sum = s.sum + tile * t.padded * L;
     if (task.partial < 0) {
@@ -428,14 +400,16 @@ void merge_parts(const Attention<bf16, K>& a, const AttentionTask& task, const T
 
 // Few rows share their vectors with other keys, not with rows that are not there.
 template <class K>
-void attend_task_tiled(Attention<bf16, K>& a, const AttentionTask& task, bool merge) {
+void attend_task_tiled(Attention<bf16, K>& a, long index, bool merge) {
+  const AttentionTask& task = (merge ? a.plan.merges : a.plan.tasks)[index];
   const long count = (long)task.count * a.group(), lanes = count <= 4 ? 4 : count <= 8 ? 8 : 16;
   const long padded = round_up(a.head_dim, lanes == 16 ? 16 : 32);
   const TaskShape t = {count, a.head_dim, padded, dim_chunks(a.head_dim), padded / 16, (count + lanes - 1) / lanes};
+  const AttentionTask* next = index + a.threads < a.plan.num_tasks ? &a.plan.tasks[index + a.threads] : nullptr;
   if (merge)
     (lanes == 4 ? merge_parts<4, K> : lanes == 8 ? merge_parts<8, K> : merge_parts<16, K>)(a, task, t);
   else
-    (lanes == 4 ? attend_lanes<4, K> : lanes == 8 ? attend_lanes<8, K> : attend_lanes<16, K>)(a, task, t);
+    (lanes == 4 ? attend_lanes<4, K> : lanes == 8 ? attend_lanes<8, K> : attend_lanes<16, K>)(a, task, t, next);
 }
 
 }  // namespace

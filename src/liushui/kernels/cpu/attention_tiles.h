@@ -16,25 +16,17 @@
 #include "attention_weights.h"
 #include "transpose.h"
 
-#if defined(LS_TILE_BF16)
+#if defined(LS_BF16)
 namespace {
 
 constexpr int kSplitBlocks = kTileSplit / kKeys;
 
 inline long dim_chunks(long dim) { return (dim + 31) / 32; }
 
-// For 16 lanes: tiles 0 to 3 hold sums, 4 and 5 the first factor, 6 and 7 the second (except in held_scores). For fewer:
-// 0 and 1 scores, 2 queries, 3 keys or values, 4 weights, 5 to 7 sums.
-inline void configure_attention(int lanes) {
-  TileConfig config;
-  memset(&config, 0, sizeof config);
-  config.palette = 1;
-  for (int t = 0; t < 8; t++) {
-    config.rows[t] = (uint8_t)(t >= 4 ? lanes : kTile);
-    config.row_bytes[t] = (uint16_t)(t >= 3 ? 64 : 4 * lanes);
-  }
-  LS_TILE_CONFIG(&config);
-}
+// A task's query rows, the width of a head in several measures, and the tiles of rows.
+struct TaskShape {
+  long count, dim, padded, chunks, columns, tiles;
+};
 
 // Lane i of the result is lane i + n, around.
 LS_INLINE vf rotated(vf v, int n) {
@@ -161,150 +153,6 @@ inline void fetch_keys(const KeyTile* keys, long dim) {
     for (int r = 0; r < kTile; r++, row += keys[half].row_bytes)
       for (long i = 0; i < 2 * dim; i += 64) __builtin_prefetch(row + i, 0, 3);
   }
-}
-
-LS_INLINE void fetch_tile(const bf16* tile) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kTile; i++) __builtin_prefetch(tile + 32 * i, 0, 3);
-}
-
-// scores [kKeys][16] of one tile of rows, or of two, with a block's keys. queries [chunk][pair of dimensions][row][2].
-template <bool two>
-inline void tile_scores(const KeyTile* keys, const bf16* queries, const bf16* queries2, long dim, float* scores,
-                        float* scores2) {
-  LS_TILE_ZERO(0);
-  LS_TILE_ZERO(1);
-  if (two) {
-    LS_TILE_ZERO(2);
-    LS_TILE_ZERO(3);
-  }
-  for (long c = 0; c < dim_chunks(dim); c++) {
-    LS_TILE_LOAD(6, queries + c * 512, 64);
-    LS_TILE_LOAD(4, keys[0].first + c * 32, keys[0].row_bytes);
-    LS_TILE_BF16(0, 4, 6);
-    LS_TILE_LOAD(5, keys[1].first + c * 32, keys[1].row_bytes);
-    LS_TILE_BF16(1, 5, 6);
-    if (two) {
-      LS_TILE_LOAD(7, queries2 + c * 512, 64);
-      LS_TILE_BF16(2, 4, 7);
-      LS_TILE_BF16(3, 5, 7);
-    }
-  }
-  LS_TILE_STORE(0, scores, 64);
-  LS_TILE_STORE(1, scores + 256, 64);
-  if (two) {
-    LS_TILE_STORE(2, scores2, 64);
-    LS_TILE_STORE(3, scores2 + 256, 64);
-  }
-}
-
-// The same of two tiles of rows whose queries, of kHeldChunks chunks, stay in tiles 4 to 7 meanwhile.
-constexpr long kHeldChunks = 2;
-
-inline void hold_queries(const bf16* queries, const bf16* queries2) {
-  LS_TILE_LOAD(4, queries, 64);
-  LS_TILE_LOAD(5, queries + 512, 64);
-  LS_TILE_LOAD(6, queries2, 64);
-  LS_TILE_LOAD(7, queries2 + 512, 64);
-}
-
-inline void held_scores(const KeyTile* keys, float* scores, float* scores2) {
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; half++) {
-    LS_TILE_ZERO(0);
-    LS_TILE_LOAD(2, keys[half].first, keys[half].row_bytes);
-    LS_TILE_BF16(0, 2, 4);
-    LS_TILE_ZERO(1);
-    LS_TILE_BF16(1, 2, 6);
-    LS_TILE_LOAD(3, keys[half].first + 32, keys[half].row_bytes);
-    LS_TILE_BF16(0, 3, 5);
-    LS_TILE_BF16(1, 3, 7);
-    LS_TILE_STORE(0, scores + half * 256, 64);
-    LS_TILE_STORE(1, scores2 + half * 256, 64);
-  }
-}
-
-// The same of few rows.
-template <int L>
-inline void few_scores(const KeyTile* keys, const bf16* queries, long dim, float* scores) {
-  constexpr long kBytes = 4 * L;
-  LS_TILE_ZERO(0);
-  LS_TILE_ZERO(1);
-  for (long c = 0; c < dim_chunks(dim); c++) {
-    LS_TILE_LOAD(2, queries + c * 32 * L, kBytes);
-    LS_TILE_LOAD(3, keys[0].first + c * 32, keys[0].row_bytes);
-    LS_TILE_BF16(0, 3, 2);
-    LS_TILE_LOAD(3, keys[1].first + c * 32, keys[1].row_bytes);
-    LS_TILE_BF16(1, 3, 2);
-  }
-  LS_TILE_STORE(0, scores, kBytes);
-  LS_TILE_STORE(1, scores + 16 * L, kBytes);
-}
-
-// Sums of few rows are made three tiles of dimensions at a time.
-constexpr long kFewTiles = 3;
-
-inline void begin_few_sums() {
-  LS_TILE_ZERO(5);
-  LS_TILE_ZERO(6);
-  LS_TILE_ZERO(7);
-}
-
-inline void add_to_few_sums(const bf16* values, long left, const float* weights) {
-  LS_TILE_LOAD(4, weights, 64);
-  LS_TILE_LOAD(3, values, 64);
-  LS_TILE_BF16(5, 4, 3);
-  if (left > 1) {
-    LS_TILE_LOAD(3, values + 512, 64);
-    LS_TILE_BF16(6, 4, 3);
-  }
-  if (left > 2) {
-    LS_TILE_LOAD(3, values + 1024, 64);
-    LS_TILE_BF16(7, 4, 3);
-  }
-}
-
-// To sums [row][padded].
-inline void store_few_sums(long left, float* sum, long padded) {
-  LS_TILE_STORE(5, sum, padded * 4);
-  if (left > 1) LS_TILE_STORE(6, sum + 16, padded * 4);
-  if (left > 2) LS_TILE_STORE(7, sum + 32, padded * 4);
-}
-
-// Sums of a tile of rows are made four tiles of dimensions at a time.
-constexpr int kSumTiles = 4;
-
-inline void begin_sums() {
-  LS_TILE_ZERO(0);
-  LS_TILE_ZERO(1);
-  LS_TILE_ZERO(2);
-  LS_TILE_ZERO(3);
-}
-
-// Sums += a block's values^T times its weights, tile `part` of `left` tiles of dimensions; 0 comes first.
-LS_INLINE void add_to_sums(const bf16* values, long left, const float* weights, int part) {
-  if (part == 0) {
-    LS_TILE_LOAD(6, weights, 64);
-    LS_TILE_LOAD(4, values, 64);
-    LS_TILE_BF16(0, 4, 6);
-  } else if (part == 1 && left > 1) {
-    LS_TILE_LOAD(5, values + 512, 64);
-    LS_TILE_BF16(1, 5, 6);
-  } else if (part == 2 && left > 2) {
-    LS_TILE_LOAD(4, values + 1024, 64);
-    LS_TILE_BF16(2, 4, 6);
-  } else if (part == 3 && left > 3) {
-    LS_TILE_LOAD(5, values + 1536, 64);
-    LS_TILE_BF16(3, 5, 6);
-  }
-}
-
-// To sums [dimension][row].
-inline void store_sums(long left, float* sum) {
-  LS_TILE_STORE(0, sum, 64);
-  if (left > 1) LS_TILE_STORE(1, sum + 256, 64);
-  if (left > 2) LS_TILE_STORE(2, sum + 512, 64);
-  if (left > 3) LS_TILE_STORE(3, sum + 768, 64);
 }
 
 // What a tile of rows knows so far, a row in lane i % L: its highest score (a power of two) and its sum of weights.

@@ -8,7 +8,7 @@
 #pragma once
 #include "attention_block.h"
 
-#if defined(LS_TILE_BF16)
+#if defined(LS_BF16)
 namespace {
 
 static_assert(W == 16 && kKeys == 32, "a block of keys is the depth of a tile");

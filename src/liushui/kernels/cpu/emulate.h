@@ -47,21 +47,12 @@ inline void check_shapes(int c, int a, int b) {
   check_tile(tiles.row_bytes[c] == tiles.row_bytes[b] && tiles.row_bytes[a] == 4 * tiles.rows[b]);
 }
 
-inline float flushed(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if ((bits & 0x7f800000u) == 0) bits &= 0x80000000u;
-  memcpy(&x, &bits, 4);
-  return x;
-}
+using soft::flushed;
 
 inline float bf16_at(const uint8_t* p) {
   uint16_t half;
   memcpy(&half, p, 2);
-  const uint32_t bits = (uint32_t)half << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return flushed(value);
+  return soft::widened(half);
 }
 
 // Even and odd terms in a chain of fused operations each, from zero; their sum is added to the tile.

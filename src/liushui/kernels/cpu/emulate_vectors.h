@@ -1,6 +1,6 @@
-// For tests alone: the vector instructions that only kernels for AMX use (AVX512-BW, -VBMI, -BF16), in software, so that
-// these kernels run as they are on any machine. Names and semantics are those of Intel's Intrinsics Guide; places are
-// counted from the lowest, and a lane is a quarter of a register.
+// For tests alone: the vector instructions that only kernels for bfloat16 use, AMX's among them (AVX512-BW, -VBMI,
+// -BF16), in software, so that these kernels run as they are on any machine. Names and semantics are those of Intel's
+// Intrinsics Guide; places are counted from the lowest, and a lane is a quarter of a register.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -136,8 +136,42 @@ LS_OUT_OF_LINE Doubles inserti32x4(Doubles v, const Register<uint32_t, 16>& lane
   for (int i = 0; i < 4; i++) v[at * 4 + i] = lane[i];
   return v;
 }
+LS_OUT_OF_LINE Doubles mask_broadcast_i32x4(const Doubles& otherwise, uint32_t mask,
+                                            const Register<uint32_t, 16>& lane) {
+  return each<Doubles>([&](int i) { return mask >> i & 1 ? lane[i % 4] : otherwise[i]; });
+}
+LS_OUT_OF_LINE Doubles broadcast_i64x4(const Register<uint32_t, 32>& half) {
+  return each<Doubles>([&](int i) { return half[i % 8]; });
+}
+LS_OUT_OF_LINE Doubles shuffle_epi32(const Doubles& v, int from) {
+  return each<Doubles>([&](int i) { return v[i / 4 * 4 + (from >> i % 4 * 2 & 3)]; });
+}
 LS_OUT_OF_LINE Doubles broadcast_i32x4(const Register<uint32_t, 16>& lane) {
   return each<Doubles>([&](int i) { return lane[i % 4]; });
+}
+
+inline float flushed(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7f800000u) == 0) bits &= 0x80000000u;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline float widened(uint16_t half) {
+  const uint32_t bits = (uint32_t)half << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return flushed(value);
+}
+
+// The odd terms and then the even ones, fused, subnormals as zero (Software Developer's Manual, volume 2, VDPBF16PS).
+LS_OUT_OF_LINE __m512 dpbf16_ps(const Register<float>& sum, const Words& a, const Words& b) {
+  return each<Register<float>>([&](int i) {
+           const float odd = __builtin_fmaf(widened(a[2 * i + 1]), widened(b[2 * i + 1]), flushed(sum[i]));
+           return flushed(__builtin_fmaf(widened(a[2 * i]), widened(b[2 * i]), flushed(odd)));
+         })
+      .as<__m512>();
 }
 
 template <class R, class T>
@@ -170,6 +204,10 @@ LS_OUT_OF_LINE void stored(void* to, const Bytes& v) { memcpy(to, v.at, 64); }
 #define _mm512_castsi128_si512(v) ((__m512i)soft::inserti32x4(soft::Doubles(), v, 0))
 #define _mm512_inserti32x4(v, lane, at) ((__m512i)soft::inserti32x4(v, lane, at))
 #define _mm512_broadcast_i32x4(v) ((__m512i)soft::broadcast_i32x4(v))
+#define _mm512_mask_broadcast_i32x4(v, mask, lane) ((__m512i)soft::mask_broadcast_i32x4(v, mask, lane))
+#define _mm512_broadcast_i64x4(v) ((__m512i)soft::broadcast_i64x4(v))
+#define _mm512_shuffle_epi32(v, from) ((__m512i)soft::shuffle_epi32(v, from))
+#define _mm512_dpbf16_ps(sum, a, b) soft::dpbf16_ps(sum, a, b)
 #define _mm512_cvtne2ps_pbh(a, b) ((__m512i)soft::cvtne2ps_pbh(a, b))
 #define _mm512_cvtneps_pbh(v) soft::cvtneps_pbh(v)
 #define _mm512_cvtepu16_epi32(v) ((__m512i)soft::cvtepu16_epi32(v))

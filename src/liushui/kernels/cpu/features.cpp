@@ -17,7 +17,7 @@ namespace {
 bool bit(unsigned word, int number) { return word >> number & 1; }
 
 struct Features {
-  bool avx2 = false, avx512 = false, amx = false;
+  bool avx2 = false, avx512 = false, avx512bf16 = false, amx = false;
 
   Features() {
     unsigned a, b, c, d;
@@ -29,9 +29,9 @@ struct Features {
     avx2 = avx && fma && f16c && bit(b, 5) && (low & 0x6) == 0x6;
     // F, DQ, BW, VL; VNNI
     avx512 = avx2 && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31) && bit(c, 11) && (low & 0xe6) == 0xe6;
-    // VBMI, which every processor with tiles has; BF16, TILE, INT8; BF16 of vectors
-    amx = avx512 && bit(c, 1) && bit(d, 22) && bit(d, 24) && bit(d, 25) && (low & 0x60000) == 0x60000;
-    amx = amx && __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5) && tiles_granted();
+    const bool vbmi = bit(c, 1), tiles = bit(d, 22) && bit(d, 24) && bit(d, 25);  // BF16, TILE, INT8
+    avx512bf16 = avx512 && vbmi && __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
+    amx = avx512bf16 && tiles && (low & 0x60000) == 0x60000 && tiles_granted();
   }
 
   // Linux keeps the tiles' state only for processes that have asked; threads started later inherit the permission.
@@ -53,9 +53,10 @@ LS_EXPORT int liushui_supports(const char* isa) {
   static const Features features;
   if (!strcmp(isa, "avx2")) return features.avx2;
 #if defined(LS_EMULATE)  // software stands in for what the machine lacks
-  if (!strcmp(isa, "avx512") || !strcmp(isa, "amx")) return features.avx2;
+  if (!strncmp(isa, "avx512", 6) || !strcmp(isa, "amx")) return features.avx2;
 #endif
   if (!strcmp(isa, "avx512")) return features.avx512;
+  if (!strcmp(isa, "avx512bf16")) return features.avx512bf16;
   if (!strcmp(isa, "amx")) return features.amx;
 #endif
   return !strcmp(isa, "generic");

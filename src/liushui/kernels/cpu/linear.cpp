@@ -23,6 +23,8 @@ size_t prepared_bytes(const PackedWeight& w, int x_type, long rows) {
   if (is_integer(w)) return (size_t)((rows + 15) / 16 * groups_of(w)) * sizeof(PreparedGroup);
 #if defined(LS_TILE_BF16)
   if (is_expanded(w)) return wide_prepared_bytes(w, rows);
+#endif
+#if defined(LS_BF16)
   if (w.format == kWeightBF16 && x_type == kBFloat16) return bf16_prepared_bytes(w.k, x_type, rows);
 #endif
   return w.format == kWeightBF16 && x_type == kBFloat16 ? (size_t)(rows * w.k) * sizeof(float) : 0;
@@ -38,6 +40,8 @@ void prepare_rows(const PackedWeight& w, const void* x, int x_type, long begin, 
   }
 #if defined(LS_TILE_BF16)
   if (is_expanded(w)) return wide_rows(w, (const bf16*)x, begin, end, (bf16*)prepared);
+#endif
+#if defined(LS_BF16)
   bf16_rows<bf16>(w.k, (const bf16*)x, begin, end, (bf16*)prepared);
 #else
   const bf16* from = (const bf16*)x;
@@ -57,6 +61,7 @@ long rows_together(const PackedWeight& w, long rows) {
 
 void multiply(const PackedWeight& weight, const void* prepared, int x_type, long rows, const Output& out, int worker,
               int workers, int32_t* taken) {
+  (void)x_type, (void)taken;
   long column = 0;
   for (const PackedWeight* w = &weight; w; column += w->n, w = w->next) {
     if (is_integer(*w)) {
@@ -74,12 +79,14 @@ void multiply(const PackedWeight& weight, const void* prepared, int x_type, long
         lone_multiply(*w, (const bf16*)prepared, column, out, worker, workers, w == &weight ? taken : nullptr);
       else if (is_expanded(*w))
         wide_multiply(weight, *w, prepared, rows, column, out, worker, workers);
-      else if (x_type == kFloat32)
+      else
+#endif
+#if defined(LS_BF16)
+      if (x_type == kFloat32)
         mixed_multiply(*w, (const float*)prepared, rows, column, out, worker, workers);
       else
         bf16_multiply(*w, prepared, x_type, rows, column, out, worker, workers);
 #else
-      (void)x_type, (void)taken;
       gemm_multiply<bf16>(*w, (const float*)prepared, rows, column, out, worker, workers);
 #endif
     }
@@ -89,6 +96,8 @@ void multiply(const PackedWeight& weight, const void* prepared, int x_type, long
 bool can_gate(const PackedWeight& gate_up, const PackedWeight& down, int x_type) {
 #if defined(LS_TILE_BF16)
   return x_type == kBFloat16 && (gated_fits(gate_up, down) || wide_gated_fits(gate_up, down));
+#elif defined(LS_BF16)
+  return x_type == kBFloat16 && gated_fits(gate_up, down);
 #else
   (void)gate_up, (void)down, (void)x_type;
   return false;
@@ -97,13 +106,14 @@ bool can_gate(const PackedWeight& gate_up, const PackedWeight& down, int x_type)
 
 void multiply_gated(const PackedWeight& gate_up, const PackedWeight& down, const void* prepared, long rows, void* inner,
                     int worker, int workers, int32_t* taken) {
+  (void)gate_up, (void)down, (void)prepared, (void)rows, (void)inner, (void)worker, (void)workers, (void)taken;
 #if defined(LS_TILE_BF16)
   if (is_expanded(gate_up) && wide_direct(gate_up.k, rows))
     return lone_multiply_gated(gate_up, (const bf16*)prepared, down.k / kWide, (bf16*)inner, worker, workers, taken);
   (is_expanded(gate_up) ? wide_multiply_gated : bf16_multiply_gated)(gate_up, down, prepared, rows, (bf16*)inner, worker,
                                                                      workers);
-#else
-  (void)gate_up, (void)down, (void)prepared, (void)rows, (void)inner, (void)worker, (void)workers, (void)taken;
+#elif defined(LS_BF16)
+  bf16_multiply_gated(gate_up, down, prepared, rows, (bf16*)inner, worker, workers);
 #endif
 }
 
@@ -120,10 +130,15 @@ void embed_rows(const PackedWeight& weight, const int64_t* ids, long begin, long
     else
 #if defined(LS_TILE_BF16)
       (is_expanded(*w) ? wide_embed : bf16_embed)(*w, id, row);
+#elif defined(LS_BF16)
+      bf16_embed(*w, id, row);
 #else
       gemm_embed<bf16>(*w, id, row);
 #endif
-    emit_rows(out, nullptr, 0, i, 1, 0, w->k, row, w->k);
+    if (out.type == kBFloat16)
+      narrow_row(row, w->k, (bf16*)out.data + i * out.stride);
+    else
+      memcpy((float*)out.data + i * out.stride, row, (size_t)w->k * sizeof(float));
   }
 }
 
@@ -134,15 +149,17 @@ long weight_bytes(const PackedWeight& w) {
   if (w.n < 1 || w.k < 1) return -1;
   const long panels = (w.n + kColumns - 1) / kColumns, floats = (w.n + kPanel - 1) / kPanel * kPanel * w.k;
   if (w.format == kWeightF32) return floats * 4;
-#if defined(LS_TILE_BF16)
+#if defined(LS_BF16)
   if (w.format == kWeightBF16) return bf16_panels(w.n) * bf16_chunks(w.k) * kPairBytes;
+#else
+  if (w.format == kWeightBF16) return floats * 2;
+#endif
+#if defined(LS_TILE_BF16)
   if (is_expanded(w)) {
     const int plain = plain_format(w.format);
     const bool known = plain >= kInt8 && plain <= kInt6K && (format_of(plain).scale_block != 256 || w.k % 256 == 0);
     return known ? (w.n + kWide - 1) / kWide * wide_panel_bytes(w) : -1;
   }
-#else
-  if (w.format == kWeightBF16) return floats * 2;
 #endif
   if (w.format > kInt6K || (format_of(w.format).scale_block == 256 && w.k % 256)) return -1;
   return panels * quant_panel_bytes(w);
@@ -175,6 +192,8 @@ struct PackTask {
 long panel_width(const PackedWeight& w) {
 #if defined(LS_TILE_BF16)
   if (is_expanded(w)) return kWide;
+#endif
+#if defined(LS_BF16)
   if (w.format == kWeightBF16) return kPairColumns;
 #endif
   return is_integer(w) ? kColumns : kPanel;
@@ -186,7 +205,7 @@ long panels_of(const PackedWeight& w) { return (w.n + panel_width(w) - 1) / pane
 void pack_dense(const float* rows, long width, long k, float* to) { gemm_pack_panel(rows, width, k, 0, to); }
 
 void pack_dense(const bf16* rows, long width, long k, bf16* to) {
-#if defined(LS_TILE_BF16)
+#if defined(LS_BF16)
   bf16_pack_panel(rows, width, k, to);
 #else
   gemm_pack_panel(rows, width, k, 0, to);

@@ -3,7 +3,7 @@
 #pragma once
 #include "amx_bf16.h"
 
-#if defined(LS_TILE_BF16)
+#if defined(LS_BF16)
 namespace {
 
 static_assert(W == kTile, "a row of a tile is one vector of pairs");
@@ -17,11 +17,11 @@ void mixed_tile(const float* x, long k, const char* panel, float* y) {
 #pragma GCC unroll 8
   for (int r = 0; r < M; r++) sum[r][0] = sum[r][1] = vf{};
   for (long i = 0; i < k; i += 2) {
-    const char* pairs = panel + i / kInnerGroup * kPairBytes + i % kInnerGroup * 32;
+    const char* pairs = panel + i / kInnerGroup * kPairBytes + i % kInnerGroup / 2 * kWeightRow;
     __builtin_prefetch(pairs + 2 * kPairBytes, 0, 3);
-    __builtin_prefetch(pairs + 2 * kPairBytes + kTileBytes, 0, 3);
+    __builtin_prefetch(pairs + 2 * kPairBytes + kWeightTile, 0, 3);
     vu both[2];
-    memcpy(&both[0], pairs, 64), memcpy(&both[1], pairs + kTileBytes, 64);
+    memcpy(&both[0], pairs, 64), memcpy(&both[1], pairs + kWeightTile, 64);
 #pragma GCC unroll 2
     for (int odd = 0; odd < 2; odd++) {
       if (i + odd == k) break;

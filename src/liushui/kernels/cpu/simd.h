@@ -7,7 +7,7 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#if defined(LS_EMULATE_AMX)
+#if defined(LS_EMULATE_AMX) || defined(LS_EMULATE_BF16)
 #include "emulate_vectors.h"
 #elif defined(__x86_64__)
 #include <immintrin.h>
@@ -117,15 +117,20 @@ LS_INLINE vf load(const bf16* p) {
 
 LS_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
-// Round to nearest, ties to even; NaN stays NaN. The instruction takes subnormals as zero.
+// As bfloat16: to nearest, ties to even; NaN stays NaN.
+LS_INLINE vh narrowed(vf v) {
+  const vu bits = (vu)v;
+  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vu nan = (vu)(v != v);
+  return __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), vh);
+}
+
+// Likewise, but the instruction takes subnormals as zero.
 LS_INLINE void store(bf16* p, vf v) {
 #if defined(__AVX512BF16__) && LS_WIDTH == 16
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
 #else
-  const vu bits = (vu)v;
-  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vu nan = (vu)(v != v);
-  const vh h = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), vh);
+  const vh h = narrowed(v);
   memcpy(p, &h, sizeof h);
 #endif
 }

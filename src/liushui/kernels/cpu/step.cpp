@@ -25,7 +25,7 @@ using liushui::StepBatch;
 using liushui::StepLayer;
 using liushui::StepModel;
 
-#if defined(LS_TILE_BF16)
+#if defined(LS_BF16)
 constexpr long kStepRows = 512;  // rows of a block: each reads the weights from memory
 #else
 constexpr long kStepRows = 256;

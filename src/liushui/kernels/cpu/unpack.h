@@ -134,8 +134,12 @@ inline void unpack_row(int source, const uint8_t* from, long k, float* out) {
   }
 }
 
+// Subnormals stay what they are.
 inline void narrow_row(const float* from, long k, bf16* to) {
-  for (long i = 0; i < k; i += W) store_up_to(to + i, load_up_to(from + i, k - i), k - i);
+  each_vector(0, k, [&](long i, long n) {
+    const vh h = narrowed(load_up_to(from + i, n));
+    memcpy((void*)(to + i), &h, (size_t)n * sizeof(bf16));
+  });
 }
 
 // Rows [begin, end) as T, one after the other, to `out`.
