@@ -73,6 +73,13 @@ def test_with_amx_blocks_are_multiplied_as_the_rows_are() -> None:
         assert not choose("native", ops, "Q4_1", dtype=torch.bfloat16).expand
 
 
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16"])
+def test_blocks_are_the_default_where_they_were_measured_to_be_better(isa: str) -> None:
+    ops: Any = Kernels("native", isa, frozenset({"Q4_1"}))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert ("as the file has them" in choose("auto", ops, "Q4_1", dtype=dtype).note) == (isa != "generic")
+
+
 @pytest.mark.parametrize(
     ("choice", "ops", "kinds", "more", "words"),
     [

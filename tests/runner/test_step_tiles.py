@@ -1,4 +1,4 @@
-"""A step in one native call, with software in place of some instructions: the bits of the operations one by one."""
+"""A step in one native call, with software in place of instructions: the bits of the operations one by one."""
 
 from collections.abc import Iterator
 from unittest import mock

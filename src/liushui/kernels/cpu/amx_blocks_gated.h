@@ -1,4 +1,4 @@
-// SwiGLU's two products in one, for expanded blocks (amx_gated.h: for bfloat16). Sums are [column][row] or [row][column],
+// SwiGLU's two products in one, for expanded blocks (bf16_gated.h: for bfloat16). Sums are [column][row] or [row][column],
 // and so the product after it takes its rows, where it is of the same kind: nothing has to be turned.
 #pragma once
 #include "amx_lone.h"

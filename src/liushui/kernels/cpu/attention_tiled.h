@@ -1,4 +1,4 @@
-// Attention's tasks with matrix tiles: walks over the splits of keys that a task's rows see (see attention_tiles.h).
+// Attention's tasks for bfloat16: walks over the splits of keys that a task's rows see (see attention_tiles.h).
 #pragma once
 #include "attention_amx.h"
 #include "attention_keys.h"

@@ -1,16 +1,19 @@
-// Attention's arithmetic with matrix tiles (AMX), for bfloat16: a split of keys at a time, 16 query rows to a tile.
+// Attention's arithmetic for bfloat16, with matrix tiles (AMX) or vectors in their place (attention_pairs.h): a split
+// of keys at a time, 16 query rows to a tile.
 //
 // Scores are [key][row] = keys times queries^T, so keys are read where they lie in the cache; a vector holds one key's
 // scores for 16 rows (of several keys, where there are few rows: L lanes each), so the softmax never sums across lanes.
-// Weights are bfloat16 (attention_weights.h). Weighted sums are [dimension][row] = values^T times weights; of up to 8 rows, which
-// pay for their values' preparation alone, [row][dimension] = weights^T times values, which need less of it.
+// Weights are bfloat16 (attention_weights.h). Weighted sums are [dimension][row] = values^T times weights; of up to 8
+// rows, which pay for their values' preparation alone, [row][dimension] = weights^T times values, which need less of
+// it.
 //
 // A row's numbers are those of its own keys, whatever else is in the tile. TDPBF16PS forms an element from its row of
 // the first factor and its column of the second: the even and the odd terms each in a chain of fused operations from
 // zero, the sum of both added to the tile, always rounded to nearest, subnormals as zero (Intel, Software Developer's
-// Manual, volume 2, TDPBF16PS). So it does not matter either which of them is the first. A key that a row does not see
-// has weight +0, which changes neither chain; where that is not enough (values that are not finite) rows are computed
-// one by one. Sums lose the sign of a zero before they are used, so that a last added zero cannot be seen either.
+// Manual, volume 2, TDPBF16PS). VDPBF16PS takes both kinds in turn in one chain. So it does not matter either which of
+// them is the first. A key that a row does not see has weight +0, which changes no chain; where that is not enough
+// (values that are not finite) rows are computed one by one. Sums lose the sign of a zero before they are used, so that
+// a last added zero cannot be seen either.
 #pragma once
 #include "amx.h"
 #include "attention_weights.h"

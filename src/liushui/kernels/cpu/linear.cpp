@@ -1,7 +1,7 @@
 // The products under one interface (linear.h), and their C names, compiled once per instruction set.
-#include "amx_bf16.h"
+#include "bf16.h"
 #include "amx_blocks_gated.h"
-#include "amx_gated.h"
+#include "bf16_gated.h"
 #include "amx_int8.h"
 #include "gemm.h"
 #include "mixed.h"

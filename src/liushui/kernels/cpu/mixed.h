@@ -1,7 +1,7 @@
-// y = x w^T for float32 rows and bfloat16 weights that lie in tiles (amx_bf16.h), in float32: tiles would round x. Every
+// y = x w^T for float32 rows and bfloat16 weights that lie in tiles (bf16.h), in float32: tiles would round x. Every
 // element takes its K terms in order, as in gemm.h, so that the bits are those of all other instruction sets.
 #pragma once
-#include "amx_bf16.h"
+#include "bf16.h"
 
 #if defined(LS_BF16)
 namespace {

@@ -1,4 +1,4 @@
-// Products of bfloat16 in vectors (VDPBF16PS), in the layouts of the tiles (amx_bf16.h, attention_tiles.h): a row of a
+// Products of bfloat16 in vectors (VDPBF16PS), in the layouts of the tiles (bf16.h, attention_tiles.h): a row of a
 // weight's tile, pairs of 16 columns, is a vector; a pair of x is broadcast. Every sum is one chain of that instruction
 // over K, in order, whatever stands beside it, so one row and 512 give the same bits.
 //

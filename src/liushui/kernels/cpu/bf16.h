@@ -1,6 +1,7 @@
-// y = x w^T in bfloat16 with tiles. The weight lies in panels of 32 columns, [panel][k / 32][column / 16][k / 2 % 16]
-// [column % 16][k % 2]: a step of K is two tiles of 1 KiB, the next step follows. Every element of y is one tile's
-// element that takes K in steps of 32, in order, whatever the tile's height: one row and 512 give the same bits.
+// y = x w^T in bfloat16, with tiles or with vectors in their place (pairs.h). The weight lies in panels of 32 columns,
+// [panel][k / 32][column / 16][k / 2 % 16][column % 16][k % 2]: a step of K is two tiles of 1 KiB (for vectors row by
+// row), the next step follows. Every element of y is one tile's element that takes K in steps of 32, in order, whatever
+// the tile's height: one row and 512 give the same bits.
 //
 // What is multiplied is fetched to the nearest cache some steps before. Measured on Sapphire Rapids, two threads that
 // share their cores with neighbours, 256 rows of 576 by 3,072: 1.1 TFLOP/s, 0.8 without fetching. Blocks of K that stay

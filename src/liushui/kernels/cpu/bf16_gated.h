@@ -1,7 +1,7 @@
 // SwiGLU's two products in one: silu(x gate^T) * (x up^T), from panels of both, straight into what the product after it
 // multiplies with. The bits are those of product, activation and preparing one after the other.
 #pragma once
-#include "amx_bf16.h"
+#include "bf16.h"
 #include "rows.h"
 
 #if defined(LS_BF16)
