@@ -176,14 +176,27 @@ void prepare_split(const Attention<bf16, K>& a, const TaskShape& t, const TileSp
   for (long b = keys.begin; b < keys.end; b++) place_keys(t, b, in_place, keys, s.keys);
 }
 
-// Fetches block b of those of a later split (none: null), counted from its first, in two parts.
+// Whether the next split is found, and its keys and values fetched, while one of L rows is computed.
+template <int L>
+constexpr bool kFetchNext = kFetchLater && L < 16;
+
+// The split that comes next: the task's own, or the first of `next` (which may be null). Null where it is not wanted, or
+// not there.
+template <int L, class K>
+const SplitKeys<K>* find_later(Attention<bf16, K>& a, const AttentionTask& task, long split, const AttentionTask* next,
+                               SplitKeys<K>& keys) {
+  if (!kFetchNext<L>) return nullptr;
+  const bool own = split < task.split_end;
+  if (!own && !next) return nullptr;
+  return find_split(a, own ? task : *next, own ? split : next->split_begin, keys) ? &keys : nullptr;
+}
+
+// Fetches block b of a later split, counted from its first: values or keys.
 template <int L, class K>
 LS_INLINE void fetch_later(const SplitKeys<K>* later, const TaskShape& t, long b, bool values) {
-  if constexpr (kFetchLater && L < 16) {
-    if (!later || later->begin + b >= later->end) return;
-    const Place<K>& place = later->places[later->begin + b];
-    fetch_rows<kFetchNear>(values ? place.values : place.keys, kKeys, t.dim);
-  }
+  if (!kFetchNext<L> || !later || later->begin + b >= later->end) return;
+  const Place<K>& place = later->places[later->begin + b];
+  fetch_rows<kFetchNear>(values ? place.values : place.keys, kKeys, t.dim);
 }
 
 // What the rows of a tile see of the split at position `first`.
@@ -336,20 +349,22 @@ void write_tile(const Attention<bf16, K>& a, const AttentionTask& task, const Ta
 template <int L, class K>
 void attend_lanes(Attention<bf16, K>& a, const AttentionTask& task, const TaskShape& t, const AttentionTask* next) {
   const TileSpace s = divide_scratch<L>(t, !keys_in_place(a), kScaled<bf16, K>);
-  SplitKeys<K> found[2];
+  constexpr long kBuffers = kFetchNext<L> ? 2 : 1;
+  SplitKeys<K> found[kBuffers];
+  const SplitKeys<K>* later = nullptr;
   pack_queries<L>(a, task, t, s.queries);
   configure_attention(L);
-  bool right = find_split(a, task, task.split_begin, found[0]);
-  for (long split = task.split_begin; split < task.split_end && right; split++) {
-    const bool fresh = split == task.split_begin, last = split + 1 == task.split_end;
-    SplitKeys<K>&keys = found[(split - task.split_begin) % 2], &after = found[(split + 1 - task.split_begin) % 2];
+  for (long split = task.split_begin; split < task.split_end; split++) {
+    const long turn = split - task.split_begin;
+    SplitKeys<K>& keys = found[turn % kBuffers];
+    if (!later && !find_split(a, task, split, keys)) {
+      LS_TILE_RELEASE();
+      return;
+    }
     prepare_split<L>(a, t, s, keys);
-    const SplitKeys<K>* later = nullptr;
-    if (!last)
-      right = find_split(a, task, split + 1, after), later = &after;
-    else if (kFetchLater && L < 16 && next && find_split(a, *next, next->split_begin, after))
-      later = &after;
-    for (long tile = 0; tile < t.tiles && right; tile += 2) {
+    later = find_later<L>(a, task, split + 1, next, found[(turn + 1) % kBuffers]);
+    const bool fresh = turn == 0;
+    for (long tile = 0; tile < t.tiles; tile += 2) {
       const int count = (int)min_of(2, t.tiles - tile);
       float *own = s.sum + tile * t.padded * L, *to[2] = {fresh ? own : s.more, nullptr};
       to[1] = to[0] + t.padded * L;
@@ -365,7 +380,6 @@ void attend_lanes(Attention<bf16, K>& a, const AttentionTask& task, const TaskSh
     }
   }
   LS_TILE_RELEASE();
-  if (!right) return;
   for (long tile = 0; tile < t.tiles; tile++) {
     float* sum = s.sum + tile * t.padded * L;
     if (task.partial < 0) {
