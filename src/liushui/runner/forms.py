@@ -15,7 +15,7 @@ from liushui.kernels.quantised import Quantised
 FASTER_IN_BLOCKS = frozenset({"avx2", "avx512", "avx512bf16", "amx expanded"})
 """Instruction sets on which the file's own blocks were measured to be the better choice (benchmarks/RESULTS.md):
 faster for one stream and for many; with AMX where they are expanded to bfloat16; with AVX512-BF16 twice as fast for one
-stream, a seventh slower for many, in less memory."""
+stream, a sixth slower for many, in less memory."""
 
 
 @dataclass(frozen=True, slots=True)
