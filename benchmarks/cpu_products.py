@@ -9,9 +9,11 @@ rows: GFLOP/s. `rows` in the first line of a table are rows of x. The first line
 
 import argparse
 import ctypes
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -21,6 +23,8 @@ from liushui.kernels.native import INSTRUCTION_SETS
 from liushui.kernels.native_linear import NativeLinear, Record
 from liushui.kernels.ops import load_ops
 from liushui.kernels.quantised import AS_BFLOAT16
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for what the tests make, too
 
 SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152))
 """SmolLM2-135M: inputs and outputs of its products."""
@@ -124,12 +128,21 @@ def sets(asked: list[str] | None) -> list[str]:
     return found if asked else found[:1]
 
 
+def format_name(text: str) -> str:
+    kind, _, expanded = text.partition(":")
+    if kind not in FORMATS or (expanded and (expanded != "bf16" or kind in ("float32", "bfloat16"))):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(FORMATS)}, or a quantised one with :bf16")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 512])
     parser.add_argument("--isa", nargs="+", help="default: the best this machine has")
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="Q4_1:bf16: expanded and multiplied as it")
+    parser.add_argument(
+        "--formats", type=format_name, nargs="+", default=list(FORMATS), help="Q4_1:bf16: expanded and multiplied as it"
+    )
     parser.add_argument("--shapes", nargs="+", default=[f"{k}x{n}" for k, n in SHAPES], help="inputs x outputs")
     parser.add_argument("--seconds", type=float, default=0.02, help="of one pass")
     args = parser.parse_args()
