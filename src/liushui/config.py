@@ -30,7 +30,7 @@ class EngineConfig:
     """How the weights of products are held. native: GGUF's quantised blocks as the file has them, all else in `dtype`;
     float32, bf16: dequantised; int8, int4: quantised at load, in groups of 32. The products of native, int8 and int4
     round activations to 16 bits in groups of 32; with AMX and bfloat16 they are those of the same weights in bf16, bit
-    for bit. auto: native where that is known to be faster, else dequantised."""
+    for bit. auto: native where that was measured to be better, else dequantised."""
     max_model_len: int | None = None
     """Longest prompt + answer in tokens. Default: what the model and the KV cache allow."""
     max_num_seqs: int | None = None

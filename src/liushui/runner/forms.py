@@ -12,10 +12,10 @@ from liushui.kernels.arrays import type_like, type_name
 from liushui.kernels.ops import Ops
 from liushui.kernels.quantised import Quantised
 
-FASTER_IN_BLOCKS = frozenset({"avx2", "avx512", "avx512bf16", "amx expanded"})
+BETTER_IN_BLOCKS = frozenset({"avx2", "avx512", "avx512bf16", "amx expanded"})
 """Instruction sets on which the file's own blocks were measured to be the better choice (benchmarks/RESULTS.md):
 faster for one stream and for many; with AMX where they are expanded to bfloat16; with AVX512-BF16 twice as fast for one
-stream, a sixth slower for many, in less memory."""
+stream, a sixth to a fifth slower for many, in less memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def choose(choice: WeightForm, ops: Ops, dtype: Any, checkpoint: Any, numerics: 
     held = sorted(kinds & known)
     if not kinds:
         return Form(f"weights: {type_name(dtype)}; the file has no quantised ones", dtype)
-    if able and held and (choice == "native" or isa + " expanded" * expand in FASTER_IN_BLOCKS):
+    if able and held and (choice == "native" or isa + " expanded" * expand in BETTER_IN_BLOCKS):
         return _native(checkpoint, kinds, known, dtype, expand)
     if choice == "native":
         raise ParameterError(
