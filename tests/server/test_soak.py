@@ -21,4 +21,5 @@ def test_a_short_soak(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0, verdict
     assert verdict["lost_duplicated_or_changed"] == []
     assert verdict["leaked"] == {}
+    assert verdict["preemptions"] > 0
     assert verdict["reference_answers_compared"] > 0
