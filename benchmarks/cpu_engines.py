@@ -1,5 +1,9 @@
 """The process of one contender of cpu.py: `cpu_engines.py JSON`. Loads, warms up, runs the workloads, prints JSON.
 
+    python benchmarks/cpu_engines.py '{"mode": "export", "model": "MODEL.gguf", "folder": "OUT"}'
+
+writes a GGUF file's model as a folder, as optimum-intel's export for OpenVINO wants it.
+
 Every engine is driven the way its own documentation serves many requests; token ids go in and come out, greedy, end
 of text ignored. Engines are imported inside their classes, so that a process pays for its own alone.
 """
@@ -359,8 +363,12 @@ def startup(payload: dict[str, Any]) -> None:
 
 
 def export(payload: dict[str, Any]) -> None:
-    """The model as a folder in the Hugging Face layout, for engines that read nothing else."""
+    """The model and its tokenizer as a folder in the Hugging Face layout, for engines that read nothing else."""
+    from transformers import AutoTokenizer
+
+    file = Path(payload["model"])
     load_transformers(payload["model"], "bfloat16").save_pretrained(payload["folder"])
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(payload["folder"])
 
 
 def main() -> None:

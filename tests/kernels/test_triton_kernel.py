@@ -1,5 +1,7 @@
-"""Launching beside compilations: a launch waits for its own kernel and for no other."""
+"""Launching beside compilations: a launch waits for its own kernel and for no other, and has its own launcher."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from liushui.kernels.triton.common import Kernel
+from liushui.kernels.triton.common import Kernel, from_a_file_of_its_own
 
 META = torch.empty(1, device="meta")
 
@@ -58,3 +60,32 @@ def test_a_compilation_that_failed_comes_again_with_the_launch(kernel: Kernel) -
     kernel[(1,)](META, 2, 2, TILE=16)
     kernel[(1,)](torch.empty(1), 2, 2, TILE=16)
     assert kernel.function.launched == [(2, 2, 16)]
+
+
+def test_a_launcher_is_loaded_from_a_file_that_no_other_replaces(tmp_path: Path) -> None:
+    """Though another process writes the one that both have found, as this one is reading it."""
+    found = tmp_path / "launcher.so"
+    found.write_bytes(b"mine")
+
+    def load(name: str, path: str) -> bytes:
+        assert name == "launcher"
+        with open(path, "rb") as file:
+            number = os.fstat(file.fileno()).st_ino
+            (tmp_path / "theirs").write_bytes(b"theirs")
+            os.replace(tmp_path / "theirs", found)
+            assert os.stat(path).st_ino == number
+            return file.read()
+
+    assert from_a_file_of_its_own(load)("launcher", str(found)) == b"mine"
+    assert os.listdir(tmp_path) == ["launcher.so"]
+
+
+def test_a_launcher_where_nobody_may_write_is_loaded_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    assert from_a_file_of_its_own(lambda name, path: (name, path))("launcher", "/somewhere") == (
+        "launcher",
+        "/somewhere",
+    )

@@ -1,7 +1,5 @@
 """Kernels compiled ahead: what the first steps launch has been met before, with the same constants."""
 
-import time
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from liushui.config import EngineConfig
 from liushui.core.request import SamplingParams
 from liushui.kernels.triton.common import Kernel
 from liushui.models.registry import sizes
-from liushui.runner.rehearsal import Compilers, Rehearsal, distinct, shapes
+from liushui.runner.rehearsal import Rehearsal, distinct, shapes
 from liushui.runner.staging import StepShape
 from tests.kernels.triton_support import COMPILED, DEVICE, MARK
 from tests.support import tiny
@@ -77,24 +75,3 @@ def test_shapes_stay_within_the_limits() -> None:
         assert shape.rows <= 32
         assert shape.sequences <= 4
         assert shape.width <= 128
-
-
-def test_kernels_with_one_launcher_never_write_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    at_work, most = {2: 0, 3: 0}, {2: 0, 3: 0}
-
-    class Compiled:
-        def __init__(self, parameters: int) -> None:
-            self.src = SimpleNamespace(signature=dict.fromkeys(range(parameters), "*bf16"))
-
-        def _init_handles(self) -> None:
-            count = len(self.src.signature)
-            at_work[count] += 1
-            most[count] = max(most[count], at_work[count])
-            time.sleep(0.002)
-            at_work[count] -= 1
-
-    with Compilers(DEVICE) as pool:
-        made = [pool.submit(lambda count=count: Compiled(count)) for count in (2, 3) * 8]
-    assert [kernel.result().__class__ for kernel in made] == [Compiled] * 16
-    assert most == {2: 1, 3: 1}

@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -123,18 +122,12 @@ def shapes(largest: StepShape) -> list[StepShape]:
 
 
 class Compilers(ThreadPoolExecutor):
-    """Threads that compile kernels, and also the small library with which Triton launches each.
-
-    Kernels with parameters alike share such a library. Threads that write the same file at once may get a wrong one:
-    Python knows a library by its file's number, which goes to another file when this one is replaced as it is loaded.
-    """
+    """Threads that compile kernels, and also the small library with which Triton launches each."""
 
     def __init__(self, device: torch.device) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         super().__init__(max(2, cores), initializer=torch.cuda.set_device, initargs=(device,))
         self.futures: list[Future[Any]] = []
-        self._launchers: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
-        """By the number of parameters."""
 
     def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
         def ready() -> Any:
@@ -142,8 +135,7 @@ class Compilers(ThreadPoolExecutor):
                 raise CancelledError("the process ends")
             kernel = compile_kernel()
             if hasattr(kernel, "_init_handles"):
-                with self._launchers[len(kernel.src.signature)]:
-                    kernel._init_handles()
+                kernel._init_handles()
             return kernel
 
         self.futures.append(super().submit(ready))
