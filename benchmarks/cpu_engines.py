@@ -217,8 +217,9 @@ class Vllm(InProcess):
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         from vllm import LLM
 
-        self.llm = LLM(model, dtype=form, max_num_seqs=64, max_model_len=4096, skip_tokenizer_init=True)
-        self.notes = ["max_num_seqs 64"]
+        options = {"max_num_seqs": 64, "max_model_len": 4096, "enable_prefix_caching": False}
+        self.llm = LLM(model, dtype=form, skip_tokenizer_init=True, **options)
+        self.notes = ["max_num_seqs 64, no prefix cache"]
 
     def generate(self, prompts: Prompts, lengths: Sequence[int]) -> list[list[int]]:
         from vllm import SamplingParams
@@ -236,11 +237,11 @@ class OpenVino(InProcess):
 
         self.genai = openvino_genai
         scheduler = openvino_genai.SchedulerConfig()
-        scheduler.cache_size, scheduler.max_num_seqs = 2, 64
+        scheduler.cache_size, scheduler.max_num_seqs, scheduler.enable_prefix_caching = 2, 64, False
         self.pipe = openvino_genai.ContinuousBatchingPipeline(
             model, scheduler, "CPU", {"INFERENCE_NUM_THREADS": threads}
         )
-        self.notes = ["continuous batching, max_num_seqs 64"]
+        self.notes = ["continuous batching, max_num_seqs 64, no prefix cache"]
 
     def generate(self, prompts: Prompts, lengths: Sequence[int]) -> list[list[int]]:
         import numpy as np
