@@ -218,7 +218,7 @@ def contenders(facts: Facts, arguments: argparse.Namespace, folder: str) -> list
     entries = [entry for entry in entries if not wanted or any(word in entry.label for word in wanted)]
     if any(entry.model == folder for entry in entries):
         payload = {"mode": "export", "model": facts.path, "folder": folder}
-        last_line(child(payload, homes.get("transformers", sys.executable), allow_silence=True))
+        last_line(child(payload, homes.get("transformers", sys.executable)))
     return entries
 
 
@@ -243,13 +243,8 @@ def home_of(package: str, pythons: dict[str, str]) -> str | None:
     return pythons[package]
 
 
-def child(
-    payload: dict[str, Any], python: str = sys.executable, allow_silence: bool = False
-) -> "subprocess.CompletedProcess[str]":
-    done = subprocess.run([python, str(ENGINES), json.dumps(payload)], capture_output=True, text=True, check=False)
-    if allow_silence and done.returncode == 0 and not done.stdout.strip():
-        done.stdout = "done\n"
-    return done
+def child(payload: dict[str, Any], python: str = sys.executable) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([python, str(ENGINES), json.dumps(payload)], capture_output=True, text=True, check=False)
 
 
 def pace(arguments: argparse.Namespace) -> dict[str, float]:

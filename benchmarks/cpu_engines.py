@@ -370,6 +370,7 @@ def export(payload: dict[str, Any]) -> None:
     file = Path(payload["model"])
     load_transformers(payload["model"], "bfloat16").save_pretrained(payload["folder"])
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(payload["folder"])
+    print(payload["folder"])
 
 
 def main() -> None:

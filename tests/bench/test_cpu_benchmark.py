@@ -83,8 +83,8 @@ def test_ratios_and_shares_of_whoever_is_there(
     pace = {"product_tflops": 0.25, "read_gbs": 2.0, "adds_ns": 10.0}
     results = {
         label: [
-            {"form": "native", "single_rate": speeds[label][0], "pace": pace},
-            {"form": "native", "single_rate": speeds[label][1], "pace": {}},
+            {"weight_bytes": 10**6, "single_rate": speeds[label][0], "pace": pace},
+            {"weight_bytes": 10**6, "single_rate": speeds[label][1], "pace": {}},
         ]
         for label in labels
     }
