@@ -197,14 +197,15 @@ def _result(
         "output_tokens": sum(map(len, answers)),
         "first_token": first_token,
         "completion": completion,
-        "peak_mib": _peak_mib(),
+        "peak_mib": own_peak_mib(),
         "dtype": dtype,
         "notes": notes,
         "answers": [hashlib.sha256(repr(list(answer)).encode()).hexdigest()[:16] for answer in answers],
     }
 
 
-def _peak_mib() -> float:
+def own_peak_mib() -> float:
+    """Of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # macOS counts bytes, Linux KiB
 

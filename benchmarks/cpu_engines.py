@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common import Workload, make_workload
-from contender import _peak_mib, generate_batch, load_transformers
+from contender import generate_batch, load_transformers, own_peak_mib
 
 SINGLE_PROMPT, SINGLE_OUTPUT, PREFILL_TOKENS, COMPANY_TOKENS = 128, 128, 2048, 24
 STARTUP_PROMPT = "The capital of France is"
@@ -48,12 +48,12 @@ class Contender(Protocol):
     def peak_mib(self) -> float: ...
 
 
-def peak_mib(pid: int) -> float:
-    """Of another process (Linux)."""
+def peak_mib_of(pid: int) -> float:
+    """Of another process (Linux); 0 of one that has ended."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
-    return float("nan")
+    return 0.0
 
 
 def descendants(pid: int) -> list[int]:
@@ -73,7 +73,7 @@ class InProcess:
 
     def peak_mib(self) -> float:
         """Of this process, by its own count, and of those that it has started."""
-        return _peak_mib() + sum(peak_mib(pid) for pid in descendants(os.getpid()))
+        return own_peak_mib() + sum(peak_mib_of(pid) for pid in descendants(os.getpid()))
 
 
 class Liushui(InProcess):
@@ -190,7 +190,7 @@ class LlamaServer:
         self.process.wait()
 
     def peak_mib(self) -> float:
-        return peak_mib(self.process.pid)
+        return peak_mib_of(self.process.pid)
 
 
 class LlamaPython(InProcess):
@@ -375,7 +375,7 @@ def export(payload: dict[str, Any]) -> None:
 
 def main() -> None:
     payload = json.loads(sys.argv[1])
-    LlamaServer.program = payload.get("program", LlamaServer.program)
+    LlamaServer.program = payload.get("program") or LlamaServer.program
     if payload["mode"] == "startup":
         return startup(payload)
     if payload["mode"] == "export":

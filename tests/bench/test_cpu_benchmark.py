@@ -1,8 +1,11 @@
 """benchmarks/cpu.py: its tables, and llama.cpp's server where one that stands in for it answers."""
 
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 from types import ModuleType
 
 import pytest
@@ -61,6 +64,43 @@ def test_a_server_that_ends_says_how(load: ModuleType, tmp_path: Path, monkeypat
     stand_in(tmp_path, "#!{python}\nraise SystemExit('no such model')", monkeypatch)
     with pytest.raises(SystemExit, match="did not start: status 1\nno such model"):
         engines.LlamaServer("a.gguf", "native", 2)
+
+
+def test_what_a_process_printed_last(load: ModuleType) -> None:
+    cpu = load("cpu")
+    script = "import sys; print('{\"a\": 1}'); print('a log', end='\\n\\n'); sys.exit(int(sys.argv[1]))"
+    assert cpu.last_line([sys.executable, "-c", script, "0"]) == "a log"
+    assert cpu.last_line([sys.executable, "-c", script, "0"], "{") == '{"a": 1}'
+    with pytest.raises(cpu.ChildError, match="status 3"):
+        cpu.last_line([sys.executable, "-c", script, "3"])
+    with pytest.raises(cpu.ChildError, match="status 0"):
+        cpu.last_line([sys.executable, "-c", script, "0"], "[")
+
+
+def test_a_package_is_looked_for_where_it_is_said_to_be(load: ModuleType, tmp_path: Path) -> None:
+    home_of = load("cpu").home_of
+    assert home_of("json", {}) == sys.executable
+    assert home_of("no_such_package", {}) is None
+    assert home_of("json", {"json": sys.executable}) == sys.executable
+    with pytest.raises(SystemExit, match="has no no_such_package; install it there"):
+        home_of("no_such_package", {"no_such_package": sys.executable})
+    with pytest.raises(SystemExit, match=r"--python: .*nothing is no Python that runs here"):
+        home_of("json", {"json": str(tmp_path / "nothing")})
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_memory_of_the_processes_that_a_contender_started(load: ModuleType) -> None:
+    engines = load("cpu_engines")
+    hold = "held = b'1' * (64 * 2**20); print('ready', flush=True); input()"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"
+    with subprocess.Popen([sys.executable, "-c", nested], stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        both = [*engines.descendants(process.pid), process.pid]
+        assert len(both) == 2
+        assert set(both) <= set(engines.descendants(os.getpid()))
+        assert sum(engines.peak_mib_of(pid) for pid in both) > 64
+        process.communicate("")
 
 
 def test_the_context_is_what_the_workloads_need(load: ModuleType) -> None:

@@ -89,3 +89,9 @@ def test_a_launcher_where_nobody_may_write_is_loaded_as_it_is(tmp_path: Path, mo
         "launcher",
         "/somewhere",
     )
+
+
+def test_this_triton_loads_launchers_where_they_are_made_safe() -> None:
+    from triton.runtime import build
+
+    assert callable(build._load_module_from_path)
