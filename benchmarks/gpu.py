@@ -160,7 +160,7 @@ class Bench:
             if plan is not None:
                 flights.append((plan, self.runner.execute(plan)))
             waited = self._count(run, plan) if cost and plan is not None else 0.0
-            if flights and (plan is None or len(flights) > depth):
+            if flights and (plan is None or len(flights) > depth or flights[-1][1].alone):
                 done, pending = flights.popleft()
                 before = time.perf_counter()
                 result = pending.result()
@@ -283,10 +283,10 @@ def load(shape: str) -> Bench:
 
 
 def first_token(bench: Bench) -> None:
-    """Answer one prompt; prints the time of the first token."""
+    """Answer one prompt; prints the time of the first of its tokens."""
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=None)
-    bench.serve([bench.request(bench.prompt(128, 0), 1, params)], cost=False)
-    print(time.time(), flush=True)
+    run, _ = bench.serve([bench.request(bench.prompt(128, 0), 16, params)], cost=False)
+    print(run.ends[0][0] - time.perf_counter() + time.time(), flush=True)
 
 
 def start_up(shape: str) -> None:

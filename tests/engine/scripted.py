@@ -8,9 +8,11 @@ from zlib import crc32
 from liushui.config import EngineConfig
 from liushui.core.blocks import BlockPool
 from liushui.core.plan import NewSequence, StepPlan, StepResult, TokenLogprobs
+from liushui.core.request import SamplingParams
 from liushui.core.scheduler import Scheduler
 from liushui.engine.engine import Engine
 from liushui.engine.llm import LLM
+from liushui.engine.outputs import RequestOutput
 from liushui.engine.tokenizer import Tokenizer
 from tests.engine.tiny_tokenizers import byte_level
 
@@ -53,6 +55,7 @@ def bytes_as_tokens(text: str) -> list[str]:
 @dataclass
 class Done:
     value: StepResult | BaseException
+    alone: bool = False
 
     def result(self) -> StepResult:
         value = self.value
@@ -77,6 +80,8 @@ class ScriptedExecutor:
     known: dict[str, tuple[NewSequence, list[int]]] = field(default_factory=dict)
     plans: list[StepPlan] = field(default_factory=list)
     on_step: Callable[[StepPlan], None] = lambda plan: None
+    alone: bool = False
+    """Its steps are to be read before the next one is launched."""
 
     def execute(self, plan: StepPlan) -> Done:
         self.plans.append(plan)
@@ -117,7 +122,7 @@ class ScriptedExecutor:
             ids.append(token)
             if new.sampling.logprobs is not None:
                 logprobs[item.seq_id] = [logprob(token, new.sampling.logprobs)]
-        return Done(StepResult(tokens, logprobs, prompt_logprobs, errors))
+        return Done(StepResult(tokens, logprobs, prompt_logprobs, errors), self.alone)
 
 
 def logprob(token: int, top: int) -> TokenLogprobs:
@@ -200,3 +205,11 @@ def assert_clean(engine: Engine) -> None:
     assert not engine.scheduler.has_work
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
     assert not engine._answers
+
+
+def one(prompt: Any, params: SamplingParams, executor: ScriptedExecutor | None = None, **keys: Any) -> RequestOutput:
+    engine = make_engine(executor, **keys)
+    request_id = engine.add_request(prompt, params)
+    outputs, _ = run_all(engine)
+    assert_clean(engine)
+    return outputs[request_id]

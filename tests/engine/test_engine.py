@@ -18,19 +18,12 @@ from tests.engine.scripted import (
     assert_clean,
     bytes_as_tokens,
     make_engine,
+    one,
     run_all,
     saying,
 )
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
-
-
-def one(prompt: Any, params: SamplingParams, executor: ScriptedExecutor | None = None, **keys: Any) -> RequestOutput:
-    engine = make_engine(executor, **keys)
-    request_id = engine.add_request(prompt, params)
-    outputs, _ = run_all(engine)
-    assert_clean(engine)
-    return outputs[request_id]
 
 
 def test_an_answer_is_the_decoded_tokens() -> None:
@@ -43,19 +36,6 @@ def test_an_answer_is_the_decoded_tokens() -> None:
     assert len(answer.token_ids) == 8
     assert answer.text == RAW.decode(answer.token_ids)
     assert (answer.finish_reason, answer.stop_reason) == (FinishReason.LENGTH, None)
-
-
-@pytest.mark.parametrize("policy", ["continuous", "static"])
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_answers_do_not_depend_on_depth_policy_or_neighbours(depth: int, policy: str) -> None:
-    prompts = ["the fox", "你好", "a", "jumps over the lazy dog " * 3, "x y z", "the fox"]
-    params = [SamplingParams(seed=i, max_tokens=3 + 5 * i % 11, n=1 + i % 2) for i in range(len(prompts))]
-    alone = [one(prompt, p).outputs for prompt, p in zip(prompts, params, strict=True)]
-    engine = make_engine(depth=depth, policy=policy, num_blocks=40)
-    ids = [engine.add_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-    outputs, _ = run_all(engine)
-    assert [outputs[i].outputs for i in ids] == alone
-    assert_clean(engine)
 
 
 def test_eos_ends_without_text_and_stays_in_the_tokens() -> None:

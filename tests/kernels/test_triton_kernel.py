@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from liushui.kernels.triton.common import Kernel, from_a_file_of_its_own
+from liushui.kernels.triton.common import Kernel
+from liushui.kernels.triton.launchers import from_a_file_of_its_own
 
 META = torch.empty(1, device="meta")
 

@@ -117,15 +117,50 @@ def test_steps_whose_products_changed_are_captured_anew(monkeypatch: pytest.Monk
     assert list(steps.graphs) == [shapes[1], shapes[3]], "products of a step have its rows, or its sequences"
 
 
+@pytest.mark.parametrize(("prompts", "before"), [([65], False), ([64], True), ([65, 3], True)])
+def test_compiling_goes_on_with_the_first_step_or_before_one_that_needs_more(
+    prompts: list[int], before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And until it is done, a step is read before the next one is launched."""
+    runner, ready, begun, seen, alone = _runner("llama"), threading.Event(), threading.Event(), [], []
+    steps = runner.steps
+    run, start = steps._run, steps.start
+
+    def watched_run(shape: StepShape) -> Any:
+        seen.append(begun.is_set())
+        return run(shape)
+
+    def watched_start(*given: Any) -> Any:
+        step = start(*given)
+        alone.append(step.alone)
+        return step
+
+    monkeypatch.setattr(steps, "_run", watched_run)
+    monkeypatch.setattr(steps, "start", watched_start)
+    steps.settle_once(ready, begun)
+    driver = tiny.Driver(runner)
+    for i, length in enumerate(prompts):
+        driver.add(str(i), [5] * length, SamplingParams(temperature=0))
+    driver.step({str(i): length for i, length in enumerate(prompts)})
+    assert seen == [before]
+    assert begun.is_set()
+    driver.step({"0": 1})
+    ready.set()
+    driver.step({"0": 1})
+    assert alone == [True, True, False]
+
+
 def test_finishing_leaves_nothing_to_be_compiled_or_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     steps, others, ready = _runner("llama").steps, [True, True, False], threading.Event()
     monkeypatch.setattr(steps.ops, "try_others", lambda: others.pop(0))
     monkeypatch.setattr(steps.ops, "try_forms", lambda: {steps.ops.untried.pop()})
     monkeypatch.setattr(steps.ops, "untried", [1, 2])
-    steps.settle_once(ready)
+    begun = threading.Event()
+    steps.settle_once(ready, begun)
     threading.Timer(0.05, ready.set).start()
     steps.finish()
     assert ready.is_set()
+    assert begun.is_set()
     assert not others
     assert not steps.ops.untried
 

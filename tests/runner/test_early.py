@@ -57,10 +57,31 @@ def test_a_runner_needs_no_collector_to_be_freed(settings: dict[str, str]) -> No
         gc.enable()
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_what_reaches_the_device_is_made_where_there_is_one(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from liushui.kernels.triton import launchers
+
+    made: list[bool] = []
+    monkeypatch.setattr(launchers, "make_driver", lambda: made.append(True))
+    monkeypatch.setattr(early, "_wake_driver", lambda: found)
+    early._ready_tools()
+    assert made == [True] * found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_machine_without_a_driver_makes_nothing_and_says_nothing() -> None:
+    pytest.importorskip("triton")
+    from liushui.kernels.triton import launchers
+
+    assert not early._wake_driver()
+    launchers.make_driver()
+
+
 def test_tritons_key_is_found_once() -> None:
     pytest.importorskip("triton")
-    thread = early.compilers_key()
-    assert early.compilers_key() is thread
+    thread = early.compilers_tools()
+    assert early.compilers_tools() is thread
     thread.join()
     from triton.runtime.cache import triton_key
 

@@ -11,6 +11,7 @@ from liushui.config import EngineConfig
 from liushui.core.request import SamplingParams
 from liushui.kernels.triton.common import Kernel
 from liushui.models.registry import sizes
+from liushui.runner import rehearsal
 from liushui.runner.rehearsal import Rehearsal, distinct, shapes
 from liushui.runner.staging import StepShape
 from tests.kernels.triton_support import COMPILED, DEVICE, MARK
@@ -45,8 +46,8 @@ def test_first_steps_launch_what_was_rehearsed(family: str, launched: list[tuple
     settings = {"block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 256, "max_model_len": 256}
     checkpoint = tiny.checkpoint(model)
     config = EngineConfig(**settings).settled(True)
-    rehearsal = Rehearsal(checkpoint, sizes(checkpoint.config), config, torch.float32, DEVICE, 256)
-    assert rehearsal.finish().startswith("kernels of the first steps")
+    played = Rehearsal(checkpoint, sizes(checkpoint.config), config, torch.float32, DEVICE, 256)
+    assert played.finish().startswith("kernels of the first steps")
     ready = {(name, constants) for name, compiled, constants in launched if compiled}
     assert ready
     assert all(compiled for _, compiled, _ in launched)
@@ -57,11 +58,23 @@ def test_first_steps_launch_what_was_rehearsed(family: str, launched: list[tuple
     assert {(name, constants) for name, compiled, constants in launched if not compiled} <= ready
 
 
+@pytest.mark.skipif(not COMPILED, reason="the interpreter has all kernels at once")
+def test_more_is_compiled_once_the_first_step_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "_PATIENCE", 60.0)
+    checkpoint = tiny.checkpoint(tiny.oracle("qwen3", 3, **SMALL))
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=256, block_size=16).settled(True)
+    played = Rehearsal(checkpoint, sizes(checkpoint.config), config, torch.float32, DEVICE, 256)
+    assert played.first().startswith("kernels of the first steps")
+    assert not played.finished.wait(0.2)
+    played.begun.set()
+    assert played.finished.wait(60)
+
+
 def test_a_model_that_needs_values_is_said_to_compile_later() -> None:
     checkpoint = tiny.checkpoint(tiny.oracle("mixtral", 3, **SMALL))
     config = EngineConfig(max_num_seqs=2, max_num_batched_tokens=16, block_size=16).settled(True)
-    rehearsal = Rehearsal(checkpoint, sizes(checkpoint.config), config, torch.float32, DEVICE, 64)
-    assert rehearsal.finish().startswith("kernels are compiled at first use")
+    played = Rehearsal(checkpoint, sizes(checkpoint.config), config, torch.float32, DEVICE, 64)
+    assert played.finish().startswith("kernels are compiled at first use")
 
 
 def test_layers_of_one_kind_are_rehearsed_once() -> None:

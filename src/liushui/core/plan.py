@@ -97,9 +97,19 @@ class StepResult(NamedTuple):
         """Itself: a step that is done is a `Pending` too."""
         return self
 
+    @property
+    def alone(self) -> bool:
+        """It is done."""
+        return False
+
 
 class Pending(Protocol):
     """A step under way."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether the step is to be read before the next one is launched, which may take long."""
+        ...
 
     def result(self) -> StepResult:
         """Block until the step is done."""

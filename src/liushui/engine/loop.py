@@ -122,6 +122,10 @@ class Failed(NamedTuple):
             raise self.error
         raise RuntimeError(f"interrupted: {describe(self.error)}")
 
+    @property
+    def alone(self) -> bool:
+        return False
+
 
 class TokenLoop:
     """Requests in, tokens out, one step at a time."""
@@ -213,7 +217,7 @@ class TokenLoop:
                 self._note_plan(plan, now)
             self.reader.planned(plan)
             self._launch(plan)
-        if self._flights and (plan is None or len(self._flights) > self.depth):
+        if self._flights and (plan is None or len(self._flights) > self.depth or self._flights[-1].pending.alone):
             self._retire()
         elif plan is None and self._lives:
             self._give_up("the scheduler has nothing to run, though requests wait: a bug, please report it")

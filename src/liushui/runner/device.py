@@ -91,6 +91,7 @@ class DeviceStep:
     prompts: dict[str, list[tuple[int, list[int], Logprobs]]] = field(default_factory=dict)
     """(first position, prompt tokens, their log-probabilities) of each piece."""
     value: StepResult | None = None
+    alone: bool = False
 
     def result(self) -> StepResult:
         if self.value is None:
@@ -144,6 +145,7 @@ class DeviceSteps:
         self.graph_failure: str | None = None
         """Why no more steps are captured."""
         self._settles: threading.Event | None = None
+        self._begun: threading.Event | None = None
         if any(isinstance(getattr(layer, "mlp", None), Experts) for layer in getattr(model, "layers", ())):
             self.graph_failure = "the host picks the experts"
         self._seen: dict[StepShape, int] = {}
@@ -167,9 +169,13 @@ class DeviceSteps:
                         return
                     self.ops.choose(rows, *product)
 
-    def settle_once(self, ready: threading.Event) -> list[str]:
-        """Before the first step of one row after `ready`, `settle`. Lines for the start-up report."""
-        self._settles = ready
+    def settle_once(self, ready: threading.Event, begun: threading.Event | None = None) -> list[str]:
+        """Before the first step of one row after `ready`, `settle`; lines for the start-up report.
+
+        Until then each step is read before the next one is launched, which may wait for a kernel. `begun` is set with
+        the first step: before it, where it needs other kernels than one sequence's prompt.
+        """
+        self._settles, self._begun = ready, begun
         return [
             *([self.one_row.note] if self.one_row.note else []),
             *self.ops.forms.report(),
@@ -199,6 +205,8 @@ class DeviceSteps:
             step.result()
         shape = self.shape(plan, states)
         self.staging.fill(plan, shape, states)
+        if self._begun is not None and (shape.limited or shape.sequences > 1 or shape.rows <= 64):
+            self._begun.set()
         out = self._run(shape)
         if adjusted:
             self._adjust(out, shape, sampled, adjusted, states)
@@ -208,6 +216,10 @@ class DeviceSteps:
         if self.device.type == "cuda":
             step.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             step.done.record()
+        step.alone = self._settles is not None and not self._settles.is_set()
+        if self._begun is not None:
+            self._begun.set()
+            self._begun = None
         self._flying.append(step)
         return step
 
@@ -260,6 +272,8 @@ class DeviceSteps:
 
     def finish(self) -> None:
         """Wait for what is compiled behind the first steps, and try now what steps would try one by one."""
+        if self._begun is not None:
+            self._begun.set()
         if self._settles is not None:
             self._settles.wait()
             self.settle()

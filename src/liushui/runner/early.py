@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from collections.abc import Iterator
@@ -31,20 +32,33 @@ def collector_at_rest() -> Iterator[None]:
 def bring_torch(gpu: bool) -> None:
     """Import torch. `gpu`: one is likely to be used."""
     if gpu:
-        compilers_key()
+        compilers_tools()
     import torch  # noqa: F401
 
 
 @cache
-def compilers_key() -> threading.Thread:
-    """A thread that finds Triton's key: a hash of its whole library, once a process, a second's work."""
-    thread = threading.Thread(target=_find_key, name="liushui-compiler-key", daemon=True)
+def compilers_tools() -> threading.Thread:
+    """A thread that readies, once a process, what the first kernel waits for: the device's driver, what Triton reaches
+    it by, and Triton's key, a hash of its whole library, a second's work."""
+    thread = threading.Thread(target=_ready_tools, name="liushui-compiler-tools", daemon=True)
     thread.start()
     return thread
 
 
-def _find_key() -> None:
+def _ready_tools() -> None:
     with suppress(ImportError):  # a matter of speed alone
+        from liushui.kernels.triton import launchers
+
+        if _wake_driver():
+            launchers.make_driver()
         from triton.runtime.cache import triton_key
 
         triton_key()
+
+
+def _wake_driver() -> bool:
+    """Whether there is a driver, and it finds a GPU."""
+    try:
+        return bool(ctypes.CDLL("libcuda.so.1").cuInit(0) == 0)
+    except OSError:
+        return False

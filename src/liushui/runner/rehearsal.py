@@ -3,7 +3,8 @@
 A model of the same sizes is built from tensors that have no storage, and steps of several sizes run through it:
 launches become compilations (`kernels.triton.common.Kernel`), which Triton hands to threads. Nothing is computed, and
 what was not met here is compiled at its first use, as ever. A model is ready when one sequence can be answered; what
-other steps need is compiled beside its first answers.
+other steps need is compiled beside its first answers, once the first step is on its way: compiling takes the
+interpreter, and a step launched beside it many times as long.
 """
 
 import os
@@ -24,14 +25,15 @@ from liushui.kernels.linear import cancelling
 from liushui.kernels.ops import PackedLinear
 from liushui.kernels.policy import KernelPolicy, Linear
 from liushui.kernels.triton import products
-from liushui.kernels.triton.common import INTERPRETED, Kernel
+from liushui.kernels.triton.common import Kernel
+from liushui.kernels.triton.launchers import INTERPRETED
 from liushui.kernels.triton.ops import TritonOps
 from liushui.layers.batch import KVCache
 from liushui.layers.blocks import Then
 from liushui.layers.weights import Weights
 from liushui.models.registry import ModelSizes, build
 from liushui.runner.device import DeviceSteps
-from liushui.runner.early import compilers_key
+from liushui.runner.early import compilers_tools
 from liushui.runner.memory import GPU_BLOCK_SIZE
 from liushui.runner.staging import StepShape
 
@@ -43,6 +45,8 @@ _TRIAL_ROWS = 256
 _TURN = 0.0005
 """Seconds that a compiling thread keeps the interpreter, a tenth of Python's own: a step gives it up and wants it back
 hundreds of times."""
+_PATIENCE = 1.0
+"""Seconds for the first step to come: who starts an engine to ask something asks at once."""
 
 
 class Bare(Weights):
@@ -161,7 +165,7 @@ class Rehearsal:
         longest: int,
     ) -> None:
         """`longest`: positions of a sequence."""
-        self._key = compilers_key()
+        self._tools = compilers_tools()
         self._checkpoint, self._sizes, self._longest = checkpoint, sizes, longest
         self._dtype, self._device = dtype, device
         self._numerics, self._block_size = config.numerics, config.block_size or GPU_BLOCK_SIZE
@@ -170,6 +174,8 @@ class Rehearsal:
         self._first = threading.Event()
         self.finished = threading.Event()
         """Nothing is being compiled any more."""
+        self.begun = threading.Event()
+        """The first step is on its way, or needs more than what one sequence's prompt does."""
         self._started = time.perf_counter()
         self._thread = threading.Thread(target=self._run, name="liushui-compile")
         self._thread.start()
@@ -185,6 +191,7 @@ class Rehearsal:
 
     def finish(self) -> str:
         """Wait for all; returns the same."""
+        self.begun.set()
         self._thread.join()
         return self.note
 
@@ -210,7 +217,7 @@ class Rehearsal:
             self._play(steps, shapes(self._largest))
             self._say()
             return
-        self._key.join()
+        self._tools.join()
         with Compilers(self._device) as pool:
             pool.submit(partial(wake_vendor, self._device, self._dtype))
             with triton.AsyncCompileMode(pool):
@@ -221,6 +228,7 @@ class Rehearsal:
                 wait(list(pool.futures))
                 self._say()
                 self._first.set()
+                self.begun.wait(_PATIENCE)
                 self._play(steps, known[1:2])
                 self._play(steps, known[1:])
                 steps.ops.refused = True  # type: ignore[attr-defined]

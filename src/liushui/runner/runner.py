@@ -15,7 +15,7 @@ from liushui.layers.batch import KVCache
 from liushui.layers.rows import NotPlainError, RowWeights
 from liushui.models.registry import WHOLE, Model, ModelSizes, build, sizes
 from liushui.runner import forms, hardware
-from liushui.runner.early import collector_at_rest, compilers_key
+from liushui.runner.early import collector_at_rest, compilers_tools
 from liushui.runner.fresh import TOKENS_AHEAD, Fresh
 from liushui.runner.host import HostSteps
 from liushui.runner.memory import KVPlan, pick_kv_dtype, plan_kv
@@ -153,10 +153,10 @@ class Runner:
         else:
             runner.host.prepare(ops, config.step_tokens, config.seats)
         if rehearsal is not None and runner.steps is not None:
-            compilers_key().join()  # this thread will compile too
+            compilers_tools().join()  # this thread will compile too
             runner.steps.choose_products(rehearsal.is_ready)
             runner.notes.append(rehearsal.first())
-            runner.notes += runner.steps.settle_once(rehearsal.finished)
+            runner.notes += runner.steps.settle_once(rehearsal.finished, rehearsal.begun)
         return runner
 
     @property
@@ -247,7 +247,7 @@ def pick_ops(config: EngineConfig, device: torch.device, threads: int) -> Ops:
     if config.kernels not in ("auto", "triton"):
         raise ParameterError("kernels", f"{config.kernels} kernels run on the processor; choose auto, or device cpu")
     try:
-        from liushui.kernels.triton.common import INTERPRETED
+        from liushui.kernels.triton.launchers import INTERPRETED
         from liushui.kernels.triton.ops import TritonOps
     except ImportError as missing:
         raise ParameterError(

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from liushui.kernels.triton.common import INTERPRETED, Kernel, begin, options, warps_for
+from liushui.kernels.triton.common import Kernel, begin, options, warps_for
+from liushui.kernels.triton.launchers import INTERPRETED
 
 _PIECE = 4096
 """Logits of one row that one program looks at at once."""
