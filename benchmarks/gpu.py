@@ -349,7 +349,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["start", "T2", "T3", "T4", "T5", "T1"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64, 128, 256])
-    parser.add_argument("--numerics", default="invariant")
     options = parser.parse_args()
     if "start" in options.only:
         for shape in options.shape:
@@ -362,7 +361,7 @@ def main() -> None:
     )  # fmt: skip
     torch.cuda.empty_cache()
     for shape in options.shape:
-        bench = Bench(shape, bandwidth, rate, device, numerics=options.numerics)
+        bench = Bench(shape, bandwidth, rate, device)
         if "profile" in options.only:
             for count in (1, 256):
                 profile(bench, count)
@@ -379,7 +378,7 @@ def main() -> None:
             bench.t5(160 if shape == "0.6b" else 48)
         if "T1" in options.only:
             bench.t1(options.repeats)
-        if bench.runner.steps is not None and options.numerics == "invariant":
+        if bench.runner.steps is not None:
             say(certificates=bench.runner.steps.ops.report())
         del bench
         torch.cuda.empty_cache()

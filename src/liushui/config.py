@@ -54,7 +54,7 @@ class EngineConfig:
     kernels: Kernels = "auto"
     """native: the compiled CPU kernels; torch: plain torch; triton: the GPU's; auto: the fastest there is."""
     numerics: Numerics = "invariant"
-    """invariant: answers do not depend on the batch, bit for bit. fast: vendor products as they come."""
+    """invariant: answers do not depend on the batch, bit for bit. fast: vendor products as they come, on a CPU only."""
     seed: int | None = None
     """Makes the seeds drawn for requests that bring none reproducible."""
     truncation_side: Side = "left"

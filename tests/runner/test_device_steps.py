@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from liushui.core.plan import PlanItem, StepPlan
 from liushui.core.request import SamplingParams
+from liushui.errors import ParameterError
 from liushui.runner.noise import row_key, row_keys
 from liushui.runner.staging import StepShape
 from tests.kernels.triton_support import COMPILED, MARK
@@ -163,6 +164,12 @@ def test_finishing_leaves_nothing_to_be_compiled_or_tried(monkeypatch: pytest.Mo
     assert begun.is_set()
     assert not others
     assert not steps.ops.untried
+
+
+def test_fast_numerics_are_refused_where_nothing_shows_that_they_are_faster() -> None:
+    device = {"device": "cuda"} if COMPILED else {"device": "cpu", "kernels": "triton"}
+    with pytest.raises(ParameterError, match="numerics: fast is for the processor"):
+        tiny.runner(tiny.oracle("llama", 3, **SIZES), numerics="fast", **device)
 
 
 def test_an_id_used_again_has_its_own_parameters() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from liushui.config import EngineConfig
 from liushui.kernels.linear import cancelling
 from liushui.kernels.ops import PackedLinear
-from liushui.kernels.policy import KernelPolicy, Linear
+from liushui.kernels.policy import KernelPolicy
 from liushui.kernels.triton import products
 from liushui.kernels.triton.common import Kernel
 from liushui.kernels.triton.launchers import INTERPRETED
@@ -73,15 +73,6 @@ class Bare(Weights):
         for name, count in zip(names, counts, strict=True):
             self._claim(name, (count, *rest))
         return torch.empty(sum(counts), *rest, dtype=self.dtype, device=META)
-
-
-class BarePolicy(KernelPolicy):
-    """The real choice of kernels; what torch itself would compute comes out empty."""
-
-    def linear(self, weight: Any, bias: Tensor | None = None, **options: Any) -> Linear:
-        if self.numerics == "fast":
-            return lambda x: x.new_empty(len(x), weight.shape[0])
-        return super().linear(weight, bias, **options)
 
 
 class CompileOnly(TritonOps):
@@ -168,7 +159,7 @@ class Rehearsal:
         self._tools = compilers_tools()
         self._checkpoint, self._sizes, self._longest = checkpoint, sizes, longest
         self._dtype, self._device = dtype, device
-        self._numerics, self._block_size = config.numerics, config.block_size or GPU_BLOCK_SIZE
+        self._block_size = config.block_size or GPU_BLOCK_SIZE
         self._largest = StepShape(config.step_tokens, config.seats, -(-longest // self._block_size), False)
         self.note = ""
         self._first = threading.Event()
@@ -257,7 +248,7 @@ class Rehearsal:
         source, sizes = self._checkpoint, self._sizes
 
         ops = CompileOnly(self._device)
-        policy = BarePolicy(ops, self._numerics)
+        policy = KernelPolicy(ops)
         model = build(source.config, Bare(source, self._dtype), policy, self._longest)
         model.layers = distinct(model.layers)  # type: ignore[attr-defined]
         kv = KVCache.allocate(

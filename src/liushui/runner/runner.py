@@ -255,6 +255,10 @@ def pick_ops(config: EngineConfig, device: torch.device, threads: int) -> Ops:
         ) from None
     if device.type == "cpu" and not INTERPRETED:
         raise ParameterError("kernels", "triton kernels need a GPU; choose auto")
+    if config.numerics == "fast":
+        raise ParameterError(
+            "numerics", "fast is for the processor: on a GPU nothing showed that it would be faster; leave it invariant"
+        )
     return TritonOps(device)
 
 
